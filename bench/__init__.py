@@ -1,0 +1,1 @@
+"""Measurements: one file each, the last line of output is JSON."""

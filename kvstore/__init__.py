@@ -1,0 +1,1 @@
+"""A KV cache in three tiers: device memory, host memory, disk."""

@@ -1,0 +1,1 @@
+"""Media that hold blocks: slabs of slots in memory, LMDB on disk."""

@@ -1,0 +1,1 @@
+"""Models that keep their past in a kvstore."""

@@ -70,8 +70,9 @@ class LRU:
     def _live(self, stop: int) -> NDArray[np.int32]:
         """The slots whose newest entry lies before `stop`, oldest first."""
         entries = self._log[self._head : stop]
-        newest = self._place[entries] == np.arange(self._head, stop, dtype=np.int32)
-        return entries[newest]
+        places = np.arange(self._head, stop, dtype=np.int32)
+        live: NDArray[np.int32] = entries[self._place[entries] == places]
+        return live
 
     def _compact(self) -> None:
         live = self._live(self._tail)

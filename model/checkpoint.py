@@ -1,0 +1,51 @@
+"""Weights on disk: safetensors with the configuration in the header. Nothing is pickled."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from model.config import ModelConfig
+from model.transformer import Transformer
+
+SHIPPED = Path(__file__).parent / "checkpoints"
+
+
+def save(model: Transformer, path: Path, info: dict[str, Any]) -> None:
+    """Write a model's weights, its configuration and `info` (how it was made) to `path`."""
+    header = {"config": json.dumps(model.config.to_dict()), "info": json.dumps(info)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    weights = {name: t.detach().contiguous() for name, t in model.state_dict().items()}
+    save_file(weights, partial, metadata=header)
+    partial.replace(path)
+
+
+def load(name: str) -> Transformer:
+    """Load a shipped model by name ("landmark") or any checkpoint by path.
+
+    Raises ValueError naming the shipped ones if there is no such checkpoint, or it is not one.
+    """
+    path = SHIPPED / f"{name}.safetensors"
+    if not path.is_file():
+        path = Path(name)
+    if not path.is_file():
+        shipped = ", ".join(sorted(p.stem for p in SHIPPED.glob("*.safetensors"))) or "none"
+        raise ValueError(
+            f"no model {name!r}: give a checkpoint's path or a shipped one ({shipped})"
+        )
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            config = ModelConfig(**json.loads(header["config"]))
+            weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        model = Transformer(config)
+        model.load_state_dict(weights)
+    except (SafetensorError, KeyError, TypeError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path} is not a checkpoint of a model of ours: {reason}") from error
+    return model.eval().requires_grad_(False)

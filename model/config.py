@@ -1,0 +1,63 @@
+"""What a model of ours is made of: a frozen, validated configuration and the shipped presets."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+VOCABULARY = 256
+"""Tokens are bytes; the landmark token has an embedding of its own, outside the vocabulary."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes of a byte-level transformer whose upper layers retrieve.
+
+    family: which attention the retrieving layers use.
+    width: size of the residual stream; heads * head_dim.
+    layers: one letter a layer, from the input up: "l" local attention, "r" retrieving.
+    block_size: tokens of a block; the landmark token takes one position more.
+    window_blocks: how many blocks before its own a local layer sees.
+    top_k: blocks that each retrieving head fetches; also how many recent blocks keep their places.
+    segment: tokens that share one selection while a text is read; divides block_size.
+    """
+
+    family: str = "landmark"
+    width: int = 128
+    heads: int = 2
+    layers: str = "llrr"
+    mlp_width: int = 512
+    block_size: int = 32
+    window_blocks: int = 2
+    rope_base: float = 10000.0
+    top_k: int = 4
+    segment: int = 32
+
+    def __post_init__(self) -> None:
+        if self.family not in ("landmark",):
+            raise ValueError(f"model family {self.family!r} is unknown: use 'landmark'")
+        if self.width % self.heads or (self.width // self.heads) % 2:
+            raise ValueError(
+                f"width {self.width} must be a multiple of twice the heads ({self.heads})"
+            )
+        if not self.layers or set(self.layers) - {"l", "r"}:
+            raise ValueError(f"layers {self.layers!r} must be letters l (local) and r (retrieving)")
+        for name in ("width", "heads", "mlp_width", "block_size", "window_blocks", "top_k"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.segment < 1 or self.block_size % self.segment:
+            raise ValueError(f"segment {self.segment} must divide the block size {self.block_size}")
+
+    @property
+    def head_dim(self) -> int:
+        """Size of one head's queries, keys and values."""
+        return self.width // self.heads
+
+    @property
+    def retrieving(self) -> int:
+        """How many layers retrieve."""
+        return self.layers.count("r")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as plain values."""
+        return asdict(self)

@@ -1,0 +1,232 @@
+"""Texts to learn from and needles to find in them. Everything follows from a seed.
+
+A sample is bytes and a weight a byte: what the loss of predicting that byte counts.
+"""
+
+from __future__ import annotations
+
+import gzip
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+Bytes = NDArray[np.uint8]
+
+QUESTIONS = (" What is the pass key? The pass key is", " The pass key is")
+
+
+def needle(number: int) -> str:
+    """Return the sentence that hides a pass key of five digits."""
+    return f" The pass key is {number}. Remember it. {number} is the pass key. "
+
+
+class Corpus:
+    """The texts of a folder (*.txt, *.txt.gz), each as bytes."""
+
+    def __init__(self, folder: Path, leave_out: tuple[str, ...] = ()) -> None:
+        paths = sorted([*folder.glob("*.txt"), *folder.glob("*.txt.gz")])
+        self.names = [p for p in paths if p.name.split(".")[0] not in leave_out]
+        if not self.names:
+            raise ValueError(f"no *.txt or *.txt.gz files to train on in {folder}")
+        self.texts = [read_text(path) for path in self.names]
+        sizes = np.array([len(t) for t in self.texts], dtype=float)
+        self.share = sizes / sizes.sum()
+
+    def window(self, rng: np.random.Generator, length: int) -> Bytes:
+        """Return `length` bytes from a random place, texts weighed by size."""
+        text = self.texts[rng.choice(len(self.texts), p=self.share)]
+        start = rng.integers(0, max(1, len(text) - length))
+        return np.resize(text[start : start + length], length)
+
+
+def read_text(path: Path) -> Bytes:
+    """Read a text file, gzip-compressed or plain, as bytes."""
+    raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    return np.frombuffer(raw, dtype=np.uint8)
+
+
+# --- filler -------------------------------------------------------------------------------------
+
+_GRASS = (
+    "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
+)
+_ALPHABETS = ((0x3B1, 25), (0x430, 32), (0x5D0, 27), (0x561, 38), (0x3041, 80), (0x4E00, 2000))
+_KEYWORDS = (
+    "def", "return", "if", "for", "while", "import", "class", "self", "None", "pass", "else",
+    "key", "value", "int", "is", "not", "in", "the", "raise", "try", "with", "as", "assert",
+)  # fmt: skip
+
+
+def words(rng: np.random.Generator, length: int) -> Bytes:
+    """Random lower-case words."""
+    letters = rng.integers(97, 123, length, dtype=np.uint8)
+    letters[rng.random(length) < 0.18] = 32
+    return letters
+
+
+def noise(rng: np.random.Generator, length: int) -> Bytes:
+    """Random bytes: all of them, or the printable ones."""
+    low, high = (0, 256) if rng.random() < 0.5 else (32, 127)
+    return rng.integers(low, high, length, dtype=np.uint8)
+
+
+def foreign(rng: np.random.Generator, length: int) -> Bytes:
+    """Random words in the UTF-8 letters of another alphabet."""
+    start, size = _ALPHABETS[rng.integers(len(_ALPHABETS))]
+    points = start + rng.integers(0, size, length)
+    points[rng.random(length) < 0.16] = 32
+    text = "".join(map(chr, points)).encode()
+    return np.frombuffer(text, dtype=np.uint8)[:length]
+
+
+def sentences(rng: np.random.Generator, length: int) -> Bytes:
+    """The paper's filler: the same few sentences again and again."""
+    text = np.frombuffer(_GRASS.encode(), dtype=np.uint8)
+    start = rng.integers(len(text))
+    return np.resize(np.roll(text, -start), length)
+
+
+def code(rng: np.random.Generator, length: int) -> Bytes:
+    """Made-up program text: indented lines of identifiers, keywords, numbers and signs."""
+    out: list[str] = []
+    size = 0
+    depth = 0
+    names = ["".join(map(chr, rng.integers(97, 123, rng.integers(1, 10)))) for _ in range(12)]
+    signs = (" ", " = ", ".", "(", ")", ", ", "_", ": ", " == ", "[", "]", " + ", '"', "'", " -> ")
+    while size < length:
+        line = "    " * depth
+        for _ in range(rng.integers(1, 9)):
+            kind = rng.random()
+            if kind < 0.3:
+                line += _KEYWORDS[rng.integers(len(_KEYWORDS))]
+            elif kind < 0.9:
+                line += names[rng.integers(len(names))]
+            else:
+                line += str(rng.integers(10 ** rng.integers(1, 7)))
+            line += signs[rng.integers(len(signs))]
+        out.append(line + "\n")
+        size += len(line) + 1
+        depth = int(np.clip(depth + rng.integers(-1, 2), 0, 4))
+    return np.frombuffer("".join(out).encode(), dtype=np.uint8)[:length]
+
+
+# --- needles ------------------------------------------------------------------------------------
+
+_THINGS = (
+    "secret number", "door code", "room number", "magic word", "pass word", "key", "lucky number",
+    "account number", "year of the war", "number of men", "answer", "code", "phone number", "page",
+    "pass", "pass code", "access key", "house number", "price", "serial number",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Sample:
+    """text: uint8 [length]; weight: float32 [length], of predicting that byte from those before."""
+
+    text: Bytes
+    weight: NDArray[np.float32]
+    answer: slice | None
+
+
+class Tasks:
+    """Draws training samples: plain text, and needles hidden in filler and asked for at the end."""
+
+    def __init__(self, corpus: Corpus, needles: float = 0.6, answer_weight: float = 8.0) -> None:
+        self.corpus = corpus
+        self.needles = needles
+        self.answer_weight = answer_weight
+
+    def filler(self, rng: np.random.Generator, length: int) -> tuple[Bytes, float]:
+        """Return filler and what its bytes weigh in the loss (random ones cannot be learnt)."""
+        kind = rng.random()
+        if kind < 0.5:
+            return self.corpus.window(rng, length), 1.0
+        if kind < 0.62:
+            return words(rng, length), 0.02
+        if kind < 0.70:
+            return noise(rng, length), 0.02
+        if kind < 0.78:
+            return foreign(rng, length), 0.1
+        if kind < 0.84:
+            return sentences(rng, length), 0.1
+        return code(rng, length), 0.1
+
+    def sample(self, rng: np.random.Generator, length: int) -> Sample:
+        """Draw one sample of `length` bytes."""
+        if rng.random() >= self.needles:
+            return Sample(self.corpus.window(rng, length), np.ones(length, np.float32), None)
+        return self.hide(rng, length)
+
+    def hide(self, rng: np.random.Generator, length: int) -> Sample:
+        """Hide a needle (and decoys) at random places and ask for it near the end."""
+        number = str(rng.integers(10000, 100000))
+        if rng.random() < 0.75:
+            name = "pass key"
+        else:
+            name = _THINGS[rng.integers(len(_THINGS))]
+        question = f" What is the {name}?" if rng.random() < 0.6 else ""
+        question += f" The {name} is"
+        answer = f" {number}."
+        hidden = [f" The {name} is {number}. Remember it. {number} is the {name}. "]
+        room = length - len(hidden[0]) - len(question) - len(answer)
+        if room < 0:  # a short sample of a thing with a long name: ask shortly
+            question = f" The {name} is"
+            room = length - len(hidden[0]) - len(question) - len(answer)
+        tail = int(rng.integers(0, min(48, room // 2 + 1)))
+        room -= tail
+        for _ in range(rng.integers(0, 4)):
+            decoy = self._decoy(rng, name)
+            if room - len(decoy) > length // 3:
+                hidden.append(decoy)
+                room -= len(decoy)
+        filler, weight = self.filler(rng, room + tail)
+        cuts = np.sort(rng.integers(0, room + 1, len(hidden)))
+        pieces: list[Bytes] = []
+        weights: list[NDArray[np.float32]] = []
+
+        def put(data: Bytes, each: float) -> None:
+            pieces.append(data)
+            weights.append(np.full(len(data), each, np.float32))
+
+        start = 0
+        for cut, index in zip(cuts, rng.permutation(len(hidden)), strict=True):
+            put(filler[start:cut], weight)
+            put(np.frombuffer(hidden[index].encode(), np.uint8), 0.3)
+            start = cut
+        put(filler[start:room], weight)
+        put(np.frombuffer(question.encode(), np.uint8), 0.3)
+        at = sum(map(len, pieces))
+        put(np.frombuffer(answer.encode(), np.uint8), self.answer_weight)
+        put(filler[room:], weight)
+        return Sample(
+            np.concatenate(pieces), np.concatenate(weights), slice(at + 1, at + 1 + len(number))
+        )
+
+    def _decoy(self, rng: np.random.Generator, name: str) -> str:
+        other = name
+        while other == name or other == "pass key":
+            other = _THINGS[rng.integers(len(_THINGS))]
+        number = rng.integers(10000, 100000)
+        kind = rng.random()
+        if kind < 0.4:
+            return f" The {other} is {number}. Remember it. {number} is the {other}. "
+        if kind < 0.7:
+            return f" The {other} is {number}. "
+        if kind < 0.85:
+            return f" What is the {other}? "
+        return f" {number} "
+
+
+def batch(
+    tasks: Tasks, seed: int, step: int, count: int, length: int
+) -> tuple[Bytes, NDArray[np.float32], list[slice | None]]:
+    """Draw step `step`'s batch: text [count, length], weights [count, length], answers."""
+    rng = np.random.default_rng([seed, step])
+    samples = [tasks.sample(rng, length) for _ in range(count)]
+    return (
+        np.stack([s.text for s in samples]),
+        np.stack([s.weight for s in samples]),
+        [s.answer for s in samples],
+    )

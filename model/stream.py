@@ -1,0 +1,355 @@
+"""A text read through a store: the streaming form of a model, piece by piece.
+
+The retrieving layers keep their past in a kvstore context, the local layers a short window in the
+context's state. Owns the order of things within a step; the arithmetic is in attention.py and
+layers.py, the bytes are the store's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvstore.context import Context
+from kvstore.store import Store
+from model.attention import block_attention, window_attention
+from model.config import VOCABULARY
+from model.landmark import LandmarkAttention
+from model.layers import LocalAttention, merge_heads, rotate
+from model.transformer import Transformer
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """How the past is searched.
+
+    top_k: blocks each head (or all heads together) fetches for each selection; 0: none.
+    near: recent blocks that keep their exact places; older ones share one place while they are
+        searched, and the retrieved ones then take the places behind the near ones in age order
+        (the paper's "stingy" positions), so that no place exceeds what training has seen.
+    segment: tokens that share one selection in whole blocks; single tokens select alone.
+    share_heads: one selection for all heads of a layer, by a block's best score in any of them.
+    search: False takes the top_k nearest blocks instead of searching (the control).
+    """
+
+    top_k: int
+    near: int
+    segment: int
+    share_heads: bool = False
+    search: bool = True
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The positions one piece brings: R places in each of N consecutive blocks.
+
+    first: number of the first block; offsets: [R] places in the block, the landmark's last.
+    """
+
+    first: int
+    blocks: int
+    offsets: Tensor
+
+    def tokens(self, block_size: int) -> int:
+        """How many of the places are tokens, not the landmark."""
+        return len(self.offsets) - int(self.offsets[-1] == block_size)
+
+
+class Stream:
+    """A model reading one text; not safe to use from two threads.
+
+    The context must have `retrieving * heads` streams and landmarks of head_dim. A new stream
+    goes on where the context's state ends.
+    """
+
+    def __init__(self, model: Transformer, context: Context, retrieval: Retrieval | None = None):
+        config = model.config
+        self.model = model
+        self.context = context
+        self.store: Store = context.store
+        self.retrieval = retrieval or Retrieval(config.top_k, config.top_k, config.segment)
+        self.device = next(model.parameters()).device
+        self._stride = config.block_size + 1
+        self._last_ids: list[Tensor] = []
+        state = context.get_state()
+        if state:
+            self.position = int(state["position"])
+            self._windows = [state[f"window.{i}"].clone() for i in range(self._local_layers)]
+        else:
+            self.position = 0
+            shape = (2, config.heads, config.window_blocks + 1, config.block_size, config.head_dim)
+            self._windows = [
+                torch.zeros(shape, device=self.device) for _ in range(self._local_layers)
+            ]
+        places = torch.arange(self._stride, device=self.device)
+        self._in_block = model.rotary.table(places, torch.float32)  # [P, D / 2]
+        self._whole = torch.arange(self._stride, device=self.device)
+
+    @property
+    def _local_layers(self) -> int:
+        return self.model.config.layers.count("l")
+
+    def save_state(self) -> None:
+        """Hand the windows and the position to the context, which keeps them."""
+        state = {f"window.{i}": w for i, w in enumerate(self._windows)}
+        self.context.set_state(state | {"position": torch.tensor(self.position)})
+
+    def fork(self) -> Stream:
+        """Return a stream on a fork of the context; what it reads leaves this one unchanged."""
+        self.save_state()
+        return Stream(self.model, self.context.fork(), self.retrieval)
+
+    @torch.inference_mode()
+    def read(self, tokens: Tensor) -> Tensor:
+        """Read bytes [T] (integer, T >= 1) and return the logits [256] of the byte that follows.
+
+        Whole blocks are read at once, a selection a segment; what comes before the first and
+        after the last whole block is read with a selection a token.
+        """
+        if tokens.dim() != 1 or not len(tokens):
+            raise ValueError(f"read takes bytes [T], T >= 1, not a tensor {list(tokens.shape)}")
+        size = self.model.config.block_size
+        tokens = tokens.to(self.device, torch.int64)
+        start = 0
+        logits = None
+        while start < len(tokens):
+            offset = self.position % size
+            left = len(tokens) - start
+            if offset or left < size:
+                take = min(size - offset, left)
+                piece = tokens[start : start + take][None]
+                places = torch.arange(offset, offset + take, device=self.device)
+            else:
+                take = left - left % size
+                piece = tokens[start : start + take].view(-1, size)
+                places = self._whole[:size]
+            closes = offset + piece.shape[1] == size
+            if closes:
+                landmark = piece.new_full((len(piece), 1), VOCABULARY)
+                piece = torch.cat((piece, landmark), dim=1)
+                places = self._whole[offset:]
+            rows = Rows(self.position // size, len(piece), places)
+            logits = self._step(self.model.embedding(piece), rows)
+            start += take
+            self.position += take
+        assert logits is not None
+        return logits
+
+    def _step(self, x: Tensor, rows: Rows) -> Tensor:
+        """Run all layers over x [N, R, width]; return the logits after the last token."""
+        for ids in self._last_ids:
+            self.store.prefetch(ids.numpy())
+        self._last_ids = []
+        local = retrieving = 0
+        for layer in self.model.layers:
+            inner = layer.attention_norm(x)
+            if isinstance(layer.attention, LocalAttention):
+                out = self._local(layer.attention, inner, rows, local)
+                local += 1
+            else:
+                out = self._retrieving(layer.attention, inner, rows, retrieving)
+                retrieving += 1
+            x = x + out
+            x = x + layer.mlp(layer.mlp_norm(x))
+        last = rows.tokens(self.model.config.block_size) - 1
+        return self.model.head(self.model.norm(x[-1, last]))
+
+    def _local(self, attention: LocalAttention, x: Tensor, rows: Rows, layer: int) -> Tensor:
+        size, window = self.model.config.block_size, attention.window_blocks
+        tokens = rows.tokens(size)
+        q, k, v = (t.float() for t in attention.project(x))  # [H, N, R, D]
+        k = rotate(k, self._places(rows))
+        kept = self._windows[layer]  # [2, H, window + 1, block_size, D]
+        whole = tokens == size
+        if whole:
+            new = torch.stack((k[..., :size, :], v[..., :size, :]))
+            kept = torch.cat((kept[:, :, :window], new), dim=2)
+        else:
+            places = rows.offsets[:tokens]
+            kept[0, :, -1, places] = k[:, 0, :tokens]
+            kept[1, :, -1, places] = v[:, 0, :tokens]
+        number = torch.arange(kept.shape[2], device=self.device) + rows.first - window
+        out = attention.attend(
+            q, kept[0], kept[1], self.model.rotary, rows.offsets, present=number >= 0
+        )
+        if whole or rows.offsets[-1] == size:  # the open block closes: the window moves on
+            kept = torch.cat((kept[:, :, -window:], torch.zeros_like(kept[:, :, :1])), dim=2)
+        self._windows[layer] = kept
+        return attention.out(merge_heads(out))
+
+    def _places(self, rows: Rows) -> tuple[Tensor, Tensor]:
+        cos, sin = self._in_block
+        return cos[rows.offsets], sin[rows.offsets]
+
+    def _retrieving(
+        self, attention: LandmarkAttention, x: Tensor, rows: Rows, layer: int
+    ) -> Tensor:
+        config = self.model.config
+        size, heads = config.block_size, config.heads
+        streams = slice(layer * heads, (layer + 1) * heads)
+        tokens = rows.tokens(size)
+        q, k, v = (t.float() for t in attention.project(x))  # [H, N, R, D]
+        table = self._places(rows)
+        q = rotate(q * config.head_dim**-0.5, table)  # from the own block's start
+        k = rotate(k, table)
+        new_k, new_v = k[..., :tokens, :], v[..., :tokens, :]
+        own_k, own_v = new_k, new_v
+        if tokens < size:  # the open block's earlier tokens are seen too
+            open_k, open_v = (t.to(q.dtype) for t in self.context.open_block(streams))
+            own_k = torch.cat((open_k[:, None], own_k), dim=2)
+            own_v = torch.cat((open_v[:, None], own_v), dim=2)
+        landmarks = k[..., -1, :] if rows.offsets[-1] == size else None  # [H, N, D]
+        planes = [
+            t.flatten(1, 2).to(plane.dtype)
+            for t, plane in zip((new_k, new_v), self.store.spec.planes, strict=True)
+        ]
+        self.context.append(streams, planes, landmarks)
+        groups = Groups(rows, size, self.retrieval.segment, self.device)
+        q = groups.gather(q)  # [H, G, R', D]
+        seen = self._whole[: own_k.shape[2]] <= groups.offsets[:, :, None]  # [G, R', T]
+        local = window_attention(q, own_k[:, groups.block], own_v[:, groups.block], seen)
+        out = self._fetch(q, groups, streams, local)
+        return attention.out(merge_heads(groups.scatter(out)))
+
+    def _fetch(
+        self, q: Tensor, groups: Groups, streams: slice, local: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """Merge what the past says to queries q [H, G, R, D] into the local output."""
+        blocks, places = self._select(q, groups, streams)  # [H, G, M]
+        if blocks.shape[-1] == 0 or int(blocks.max()) < 0:
+            return local[0]
+        index = self.context.index
+        found = blocks.clamp(min=0)
+        landmarks = torch.stack(
+            [index.landmarks(s)[found[i]] for i, s in enumerate(range(*streams.indices(1 << 30)))]
+        )  # [H, G, M, D]
+        cos, sin = self.model.rotary.table(places * self._stride, q.dtype)
+        placed = rotate(q[:, :, None], (cos[..., None, :], sin[..., None, :]))  # [H, G, M, R, D]
+        gate = (placed @ landmarks[..., None])[..., 0]  # [H, G, M, R]
+        ids = torch.from_numpy(self.context.ids(streams, found.cpu().numpy()))
+        ids = torch.where(blocks.cpu() < 0, ids.flatten()[blocks.flatten().argmax()], ids)
+        self._last_ids.append(ids)
+        keys, values = self.store.hot_planes
+        out = torch.empty_like(local[0])
+        per_group = ids.transpose(0, 1).flatten(1).numpy()  # [G, H * M]
+        for part in self.store.waves(per_group):
+            with self.store.pinned(ids[:, part].numpy()) as pin:
+                slots = torch.from_numpy(pin.slots).to(self.device)
+                slots = slots.masked_fill(blocks[:, part] < 0, -1)
+                out[:, part], _, weights = block_attention(
+                    placed[:, part],
+                    keys,
+                    values,
+                    slots,
+                    gate[:, part],
+                    (local[0][:, part], local[1][:, part]),
+                )
+                pin.weigh(weights.mean(dim=-1).float().cpu().numpy())
+        return out
+
+    def _select(self, q: Tensor, groups: Groups, streams: slice) -> tuple[Tensor, Tensor]:
+        """Choose each group's blocks: numbers [H, G, M] (-1: none) and places in blocks back.
+
+        The near blocks are scored at their exact places, all older ones at one place behind them.
+        """
+        r = self.retrieval
+        k, near = r.top_k, r.near
+        heads, count = q.shape[:2]
+        none = torch.zeros((heads, count, 0), dtype=torch.int64, device=self.device)
+        if k == 0 or groups.number[-1] == 0:
+            return none, none
+        number = groups.number  # [G]
+        back = torch.arange(1, near + 1, device=self.device)
+        recent = number[:, None] - back  # [G, near]
+        if not r.search:
+            chosen = (number[:, None] - torch.arange(1, k + 1, device=self.device)).clamp(min=-1)
+            return (
+                chosen.expand(heads, count, k),
+                torch.arange(1, k + 1, device=self.device).expand(heads, count, k),
+            )
+        query = q[:, :, : groups.shared].mean(dim=2)  # [H, G, D]
+        index = self.context.index
+        rotary = self.model.rotary
+        at_near = rotate(query[:, :, None], rotary.table(back * self._stride, q.dtype))
+        found = recent.clamp(min=0)
+        landmarks = torch.stack(
+            [index.landmarks(s)[found] for s in range(*streams.indices(1 << 30))]
+        )  # [H, G, near, D]
+        near_scores = (at_near * landmarks).sum(dim=-1)
+        near_scores = near_scores.masked_fill(recent < 0, float("-inf"))
+        shared = rotary.table((back[-1:] + 1) * self._stride, q.dtype)
+        at_shared = rotate(query, shared)
+        limit = (number - near).clamp(min=0)
+        far, far_scores = index.search(streams, at_shared, k, before=limit)
+        scores = torch.cat((near_scores, far_scores), dim=-1)
+        blocks = torch.cat((recent.expand(heads, count, near), far), dim=-1)
+        if r.share_heads:
+            blocks, scores = _best_of_heads(blocks, scores)
+        top, at = scores.topk(min(k, scores.shape[-1]), dim=-1)
+        blocks = blocks.gather(-1, at).masked_fill(top == float("-inf"), -1)
+        blocks = blocks.sort(dim=-1, descending=True).values  # youngest first
+        distance = number[:, None] - blocks
+        is_far = distance > near
+        rank = is_far.cumsum(dim=-1)  # 1 for the youngest of the far ones
+        return blocks, torch.where(is_far, near + rank, distance)
+
+
+def _best_of_heads(blocks: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Pool the candidates [H, G, C] of all heads; of a block's several scores the best stays.
+
+    The best k blocks by their best score in any head are among the heads' own best k, so pooling
+    these is exact.
+    """
+    heads = len(blocks)
+    pooled = blocks.transpose(0, 1).flatten(1)  # [G, H * C]
+    best, order = scores.transpose(0, 1).flatten(1).sort(dim=-1, descending=True, stable=True)
+    pooled = pooled.gather(-1, order)
+    earlier = torch.ones(2 * pooled.shape[-1:], dtype=torch.bool, device=blocks.device).tril(-1)
+    again = ((pooled[:, :, None] == pooled[:, None, :]) & earlier).any(dim=-1)
+    best = best.masked_fill(again, float("-inf"))
+    return pooled.expand(heads, *pooled.shape), best.expand(heads, *best.shape)
+
+
+class Groups:
+    """Rows regrouped by who shares a selection: G groups of R' rows.
+
+    A piece of whole blocks has block_size / segment groups a block, each with its segment's
+    tokens and the landmark's row, which counts only in the block's last group. A piece inside
+    one block has a group a row.
+
+    block: [G] which of the piece's blocks; number: [G] that block's number in the context;
+    offsets: [G, R'] places in the block; shared: rows whose mean query selects.
+    """
+
+    def __init__(self, rows: Rows, block_size: int, segment: int, device: torch.device) -> None:
+        self._rows = rows
+        self._whole = len(rows.offsets) == block_size + 1
+        if self._whole:
+            per_block = block_size // segment
+            first = torch.arange(per_block, device=device)[:, None] * segment
+            inside = first + torch.arange(segment, device=device)
+            landmark = torch.full((per_block, 1), block_size, device=device)
+            self._take = torch.cat((inside, landmark), dim=1)  # [per_block, segment + 1]
+            self.offsets = self._take.repeat(rows.blocks, 1)
+            self.block = torch.arange(rows.blocks, device=device).repeat_interleave(per_block)
+            self.shared = segment
+        else:
+            self.offsets = rows.offsets[:, None]
+            self.block = torch.zeros(len(rows.offsets), dtype=torch.int64, device=device)
+            self.shared = 1
+        self.number = self.block + rows.first
+
+    def gather(self, x: Tensor) -> Tensor:
+        """[H, N, R, D] -> [H, G, R', D]."""
+        if self._whole:
+            return x[:, :, self._take].flatten(1, 2)
+        return x[:, 0, :, None]
+
+    def scatter(self, x: Tensor) -> Tensor:
+        """[H, G, R', D] -> [H, N, R, D]."""
+        if not self._whole:
+            return x.transpose(1, 2)
+        x = x.unflatten(1, (self._rows.blocks, -1))  # [H, N, per_block, segment + 1, D]
+        return torch.cat((x[..., :-1, :].flatten(2, 3), x[:, :, -1, -1:]), dim=2)

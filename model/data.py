@@ -162,10 +162,7 @@ class Tasks:
     def hide(self, rng: np.random.Generator, length: int) -> Sample:
         """Hide a needle (and decoys) at random places and ask for it near the end."""
         number = str(rng.integers(10000, 100000))
-        if rng.random() < 0.75:
-            name = "pass key"
-        else:
-            name = _THINGS[rng.integers(len(_THINGS))]
+        name = "pass key" if rng.random() < 0.75 else _THINGS[rng.integers(len(_THINGS))]
         question = f" What is the {name}?" if rng.random() < 0.6 else ""
         question += f" The {name} is"
         answer = f" {number}."

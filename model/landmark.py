@@ -40,10 +40,7 @@ class LandmarkAttention(nn.Module):
         Tworkowski et al. 2023, arXiv 2307.03170). The loss stays the language model's.
         """
         q, k, v = self.project(x)
-        if distractors:
-            others = _foreign_blocks(q, k, v, rotary, distractors, near)
-        else:
-            others = None
+        others = _foreign_blocks(q, k, v, rotary, distractors, near) if distractors else None
         blocks, stride = x.shape[-3], x.shape[-2]
         place = torch.arange(blocks * stride, device=x.device).view(blocks, stride)
         table = rotary.table(place, q.dtype)

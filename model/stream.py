@@ -7,6 +7,7 @@ layers.py, the bytes are the store's.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -108,37 +109,44 @@ class Stream:
         Whole blocks are read at once, a selection a segment; what comes before the first and
         after the last whole block is read with a selection a token.
         """
+        for x in self._pieces(tokens):
+            last = x
+        return self.model.head(self.model.norm(last[-1]))
+
+    @torch.inference_mode()
+    def score(self, tokens: Tensor) -> Tensor:
+        """Read bytes [T] and return the logits [T, 256] of the byte that follows each of them."""
+        return self.model.head(self.model.norm(torch.cat(list(self._pieces(tokens)))))
+
+    def _pieces(self, tokens: Tensor) -> Iterator[Tensor]:
+        """Read tokens [T] piece by piece; yield the top hidden states [t, width] of each."""
         if tokens.dim() != 1 or not len(tokens):
             raise ValueError(f"read takes bytes [T], T >= 1, not a tensor {list(tokens.shape)}")
         size = self.model.config.block_size
         tokens = tokens.to(self.device, torch.int64)
         start = 0
-        logits = None
         while start < len(tokens):
             offset = self.position % size
             left = len(tokens) - start
             if offset or left < size:
                 take = min(size - offset, left)
                 piece = tokens[start : start + take][None]
-                places = torch.arange(offset, offset + take, device=self.device)
             else:
                 take = left - left % size
                 piece = tokens[start : start + take].view(-1, size)
-                places = self._whole[:size]
             closes = offset + piece.shape[1] == size
+            places = self._whole[offset : offset + piece.shape[1] + closes]
             if closes:
                 landmark = piece.new_full((len(piece), 1), VOCABULARY)
                 piece = torch.cat((piece, landmark), dim=1)
-                places = self._whole[offset:]
             rows = Rows(self.position // size, len(piece), places)
-            logits = self._step(self.model.embedding(piece), rows)
+            x = self._step(self.model.embedding(piece), rows)
             start += take
             self.position += take
-        assert logits is not None
-        return logits
+            yield x[:, : rows.tokens(size)].flatten(0, 1)
 
     def _step(self, x: Tensor, rows: Rows) -> Tensor:
-        """Run all layers over x [N, R, width]; return the logits after the last token."""
+        """Run all layers over x [N, R, width]."""
         for ids in self._last_ids:
             self.store.prefetch(ids.numpy())
         self._last_ids = []
@@ -153,8 +161,7 @@ class Stream:
                 retrieving += 1
             x = x + out
             x = x + layer.mlp(layer.mlp_norm(x))
-        last = rows.tokens(self.model.config.block_size) - 1
-        return self.model.head(self.model.norm(x[-1, last]))
+        return x
 
     def _local(self, attention: LocalAttention, x: Tensor, rows: Rows, layer: int) -> Tensor:
         size, window = self.model.config.block_size, attention.window_blocks

@@ -230,7 +230,7 @@ def _read_header(file: BinaryIO, path: str | os.PathLike[str]) -> dict[str, Any]
     magic, size = _FILE_START.unpack(start.ljust(_FILE_START.size, b"\0"))
     if magic != MAGIC:
         raise ValueError(f"{path} is not a trace of this version: it does not start as one")
-    text = file.read(size)
+    text = file.read(min(size, os.fstat(file.fileno()).st_size))
     if _checked(start + text)[-_CHECKSUM.size :] != file.read(_CHECKSUM.size):
         raise ValueError(f"{path} is not a whole trace: its header is cut off or damaged")
     header: dict[str, Any] = json.loads(text)

@@ -9,6 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+FEW = 4
+"""Rows a block up to which the one-pass CPU kernel is the faster one (bench/decode.py)."""
+
 
 def block_attention(
     q: Tensor,  # [S, G, M or 1, R, D] queries, placed for each pair, times 1 / sqrt(D)
@@ -30,19 +33,36 @@ def block_attention(
     shape = slots.shape
     absent = slots < 0
     flat = slots.clamp(min=0).flatten()
-    k = keys.index_select(0, flat).to(q.dtype)  # [S * G * M, B, D]
-    v = values.index_select(0, flat).to(q.dtype)
-    q = q.expand(*shape, *q.shape[-2:]).reshape(len(flat), *q.shape[-2:])
-    scores = torch.bmm(q, k.transpose(1, 2))  # [S * G * M, R, B]
+    k = keys.index_select(0, flat)  # [S * G * M, B, D]
+    v = values.index_select(0, flat)
+    rows = q.expand(*shape, *q.shape[-2:]).reshape(len(flat), *q.shape[-2:])
+    inside = _attend_few if rows.shape[1] <= FEW and k.device.type == "cpu" else _attend
+    inner, inner_lse = inside(rows, k, v)
     if gate is None:
-        gate = scores.logsumexp(dim=-1).view(*shape, -1)
-    inner = torch.bmm(scores.softmax(dim=-1), v).view(*shape, *q.shape[-2:-1], -1)
+        gate = inner_lse.view(*shape, -1)
     gate = gate.masked_fill(absent[..., None], float("-inf"))
-    out, lse = local
-    total = torch.logaddexp(lse, gate.logsumexp(dim=-2))  # [S, G, R]
-    weights = (gate - total[..., None, :]).exp()  # [S, G, M, R]
-    merged = out * (lse - total).exp()[..., None] + (inner * weights[..., None]).sum(dim=-3)
-    return merged, total, weights
+    logs = torch.cat((gate, local[1][:, :, None]), dim=2)  # [S, G, M + 1, R]
+    parts = torch.cat((inner.view(*shape, *inner.shape[1:]), local[0][:, :, None]), dim=2)
+    weights = logs.softmax(dim=2)
+    merged = (parts * weights[..., None]).sum(dim=2)
+    return merged, logs.logsumexp(dim=2), weights[:, :, :-1]
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Attend q [n, R, D] over k [n, B, D], v [n, B, Dv]: output [n, R, Dv], lse [n, R]."""
+    scores = torch.bmm(q, k.to(q.dtype).transpose(1, 2))
+    return torch.bmm(scores.softmax(dim=-1), v.to(q.dtype)), scores.logsumexp(dim=-1)
+
+
+def _attend_few(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Do what `_attend` does, in one pass and in the blocks' own dtype.
+
+    PyTorch's CPU kernel behind scaled_dot_product_attention, asked for its log-sum-exp too: for a
+    few rows a block it is twice as fast as two bmm, for many rows it is slower.
+    """
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    out, lse = flash(q.to(k.dtype)[:, None], k[:, None], v[:, None], scale=1.0)
+    return out[:, 0].to(q.dtype), lse[:, 0].to(q.dtype)
 
 
 def window_attention(

@@ -39,8 +39,8 @@ class Stage:
 
 
 CURRICULUM = (
-    Stage(1200, 128, 64, 0),
-    Stage(700, 256, 32, 0),
+    Stage(800, 128, 64, 0),
+    Stage(1100, 256, 32, 0),
     Stage(2600, 512, 16, 4),
     Stage(700, 1024, 8, 4),
 )

@@ -1,0 +1,169 @@
+"""How often a pass key hidden in a long text is found, free-running, all five digits.
+
+Every reading hides a new key at a new depth in text that was not trained on: the validation novel
+(with --corpus), library source, random words, in turn. The same reading is then asked twice more
+as a control: with no blocks retrieved (k = 0), and with the nearest blocks in place of a search
+(window only).
+
+python -m bench.passkey --model landmark --corpus texts
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from bench.reading import interval, reading
+from model import checkpoint, haystack
+from model.data import QUESTIONS, needle, read_text
+from model.generate import Sampling, generate, prefill
+
+LENGTHS = ((32 * 1024, 50), (256 * 1024, 50), (1024 * 1024, 10))
+
+PHRASES: dict[str, tuple[Callable[[int], str], str]] = {
+    "trained": (needle, QUESTIONS[0]),
+    "short question": (needle, QUESTIONS[1]),
+    "said once": (lambda n: f" The pass key is {n}. ", QUESTIONS[0]),
+    "other words": (
+        lambda n: f" Remember this: the pass key is {n}, do not forget it. ",
+        " So what was the pass key? The pass key is",
+    ),
+    "capitals": (lambda n: f" THE PASS KEY IS {n}. ", " The pass key is"),
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One reading: which filler, how long, which seed, how the needle is put and asked."""
+
+    model: str
+    corpus: str | None
+    filler: str
+    phrase: str
+    tokens: int
+    seed: int
+    controls: bool
+
+
+def fillers(corpus: str | None) -> dict[str, Callable[[int, int], bytes]]:
+    """Return the texts to hide in, by name."""
+    made: dict[str, Callable[[int, int], bytes]] = {
+        "source": haystack.source_text,
+        "words": haystack.random_words,
+        "bytes": haystack.random_bytes,
+        "georgian": haystack.other_letters,
+    }
+    if corpus:
+        path = next(p for p in Path(corpus).iterdir() if p.name.startswith("moby_dick"))
+        made["novel"] = haystack.excerpt(read_text(path).tobytes())
+    return made
+
+
+def read_once(job: Job) -> dict[str, object]:
+    """Do one reading; say what was answered with retrieval and by the controls."""
+    model = checkpoint.load(job.model)
+    phrase, question = PHRASES[job.phrase]
+    hay = haystack.hide(
+        fillers(job.corpus)[job.filler], job.tokens, job.seed, None, phrase, question
+    )
+    sampling = Sampling(max_new_tokens=8, stop=(".", ","))
+    began = time.perf_counter()
+    with reading(model, job.tokens) as stream:
+        prefill(stream, hay.text)
+        seconds = time.perf_counter() - began
+        k = model.config.top_k
+        ways = {"retrieval": stream.retrieval}
+        if job.controls:
+            ways["k=0"] = replace(stream.retrieval, top_k=0)
+            ways["window only"] = replace(stream.retrieval, top_k=2 * k, search=False)
+        right = {}
+        for name, way in ways.items():
+            stream.retrieval = way
+            answer = b"".join(generate(stream, hay.question, sampling)).decode(errors="replace")
+            right[name] = hay.right(answer)
+    return {"job": job, "right": right, "seconds": seconds}
+
+
+def table(title: str, results: list[dict[str, object]], key: Callable[[Job], object]) -> list[dict]:
+    """Print and return one row a group: found of n with the interval, for each way of asking."""
+    rows = []
+    groups: dict[object, list[dict]] = {}
+    for result in results:
+        groups.setdefault(key(result["job"]), []).append(result)  # type: ignore[arg-type]
+    print(f"\n{title}")
+    for group, members in groups.items():
+        row: dict[str, object] = {"group": group, "n": len(members)}
+        for way in members[0]["right"]:
+            found = sum(bool(m["right"][way]) for m in members)
+            low, high = interval(found, len(members))
+            row[way] = {"found": found, "share": found / len(members), "interval": [low, high]}
+        cells = ""
+        for way, cell in row.items():
+            if isinstance(cell, dict):
+                low, high = cell["interval"]
+                cells += f"  {way} {cell['found']}/{row['n']} [{low:.1%}, {high:.1%}]"
+        print(f"{group!s:>24}{cells}", flush=True)
+        rows.append(row)
+    return rows
+
+
+def _start(threads: int) -> None:
+    torch.set_num_threads(threads)
+
+
+def main() -> None:
+    """Read, ask, print the tables; the last line is JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="landmark")
+    parser.add_argument("--corpus", help="folder with moby_dick.txt[.gz], the validation novel")
+    parser.add_argument("--scale", type=float, default=1.0, help="share of the readings to do")
+    parser.add_argument("--longest", type=int, default=1 << 20, help="leave out longer lengths")
+    parser.add_argument("--variants", type=int, default=10, help="readings a variant at 32K")
+    parser.add_argument("--jobs", type=int, default=2, help="readings at a time")
+    parser.add_argument("--threads", type=int, default=1, help="threads a reading")
+    parser.add_argument("--seed", type=int, default=0)
+    a = parser.parse_args()
+    kinds = ["novel", "source", "words"] if a.corpus else ["source", "words"]
+    jobs = [
+        Job(a.model, a.corpus, kinds[i % len(kinds)], "trained", tokens, a.seed + 1000 * i, True)
+        for tokens, count in LENGTHS
+        if tokens <= a.longest
+        for i in range(max(1, round(count * a.scale)))
+    ]
+    variants = [("source", phrase) for phrase in PHRASES if phrase != "trained"]
+    variants += [("bytes", "trained"), ("georgian", "trained")]
+    jobs += [
+        Job(a.model, a.corpus, filler, phrase, LENGTHS[0][0], a.seed + 7 + 1000 * i, False)
+        for filler, phrase in variants
+        for i in range(a.variants)
+    ]
+    began = time.perf_counter()
+    results: list[dict] = []
+    with multiprocessing.get_context("spawn").Pool(a.jobs, _start, (a.threads,)) as pool:
+        for result in pool.imap_unordered(read_once, jobs):
+            results.append(result)
+            if not result["right"]["retrieval"]:
+                print("missed", result["job"], flush=True)
+    results.sort(key=lambda r: (r["job"].tokens, r["job"].filler, r["job"].phrase))
+    main_jobs = [r for r in results if r["job"].controls]
+    others = [r for r in results if not r["job"].controls]
+    report = {
+        "bench": "passkey",
+        "model": a.model,
+        "by_length": table("found, by tokens read", main_jobs, lambda j: j.tokens),
+        "by_filler": table("found, by filler", main_jobs, lambda j: j.filler),
+        "variants": table("variants at 32K", others, lambda j: f"{j.filler}: {j.phrase}"),
+        "minutes": round((time.perf_counter() - began) / 60, 1),
+    }
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()

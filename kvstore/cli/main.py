@@ -1,0 +1,113 @@
+"""The entry of the `kvstore` command: finds the subcommand, maps failures to exit codes.
+
+0: done. 1: it could not be done, such as a full store. 2: wrong usage or input. 130 and 143: told
+to stop by Ctrl-C or SIGTERM. Every failure is one line on stderr. Never does the work itself.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+
+import kvstore
+from kvstore.cli import demo, run
+from kvstore.cli.options import HelpFormatter
+from kvstore.cli.usage import Parser, UsageError
+from kvstore.errors import KVStoreError
+
+
+class Stopped(KeyboardInterrupt):
+    """The process was told to stop by a signal."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line and return its exit code."""
+    name = "kvstore"
+    # What a terminal cannot show must not end a run of a million tokens.
+    for stream in (sys.stdout, sys.stderr):
+        if reconfigure := getattr(stream, "reconfigure", None):
+            reconfigure(errors="replace")
+    try:
+        with _stoppable():
+            parser, commands = _parsers()
+            given = sys.argv[1:] if argv is None else argv
+            if given and given[0] in commands:
+                name = f"kvstore {given[0]}"
+            args, unknown = parser.parse_known_args(given)
+            if unknown:
+                raise UsageError(f"unrecognized arguments: {' '.join(unknown)}")
+            code: int = args.main(args)
+            sys.stdout.flush()
+            return code
+    except SystemExit as exit:  # --help and --version
+        return int(exit.code or 0)
+    except UsageError as error:
+        return _fail(name, f"error: {error}", 2)
+    except (KVStoreError, MemoryError) as error:
+        return _fail(name, f"error: {error or 'not enough memory'}", 1)
+    except BrokenPipeError:
+        # The reader of stdout has gone; Python would complain once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt as stop:
+        number = stop.number if isinstance(stop, Stopped) else signal.SIGINT
+        return _fail(name, "interrupted", 128 + number)
+
+
+def _parsers() -> tuple[Parser, set[str]]:
+    parser = Parser(
+        prog="kvstore",
+        description=kvstore.__doc__,
+        epilog="example: kvstore demo\n\n`kvstore COMMAND --help` lists a command's options.",
+        allow_abbrev=False,
+        formatter_class=HelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"kvstore {kvstore.__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for command in (run, demo):
+        command.add_to(commands)
+    return parser, set(commands.choices)
+
+
+def _fail(name: str, message: str, code: int) -> int:
+    print(f"{name}: {' '.join(message.splitlines())}", file=sys.stderr)
+    return code
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """Let SIGINT and SIGTERM end the work in order, so that a temporary store is removed.
+
+    A second one is ignored: it would stop the removal half way. Signals are the main thread's;
+    elsewhere they are left alone.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    # One that was ignored from the start (nohup, a job in the background) stays so.
+    numbers = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) != signal.SIG_IGN]
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        for each in numbers:
+            signal.signal(each, signal.SIG_IGN)
+        raise Stopped(number)
+
+    before = [signal.signal(number, stop) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

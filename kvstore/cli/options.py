@@ -1,0 +1,157 @@
+"""The options that `run` and `demo` share, and the settings they become.
+
+Owns names, defaults and help texts. Never opens or allocates anything.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from kvstore.cli.usage import number, share, size, size_or_none, text, whole
+from kvstore.policy import POLICIES
+
+if TYPE_CHECKING:
+    from kvstore.config import StoreConfig
+    from model.generate import Sampling
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Keeps examples as they are written and leaves room for the option names."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=28, width=96)
+
+
+def add_shared(
+    parser: argparse.ArgumentParser, *, hot: str, warm: str, stop: tuple[str, ...]
+) -> None:
+    """Add the options of every command that reads a text and answers; defaults are given."""
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "--model",
+        metavar="NAME",
+        default="landmark",
+        help="a shipped model or a checkpoint's path (default: landmark)",
+    )
+    model.add_argument(
+        "--device",
+        metavar="DEVICE",
+        default="auto",
+        help="auto, cpu or cuda: where the model runs and hot lies (default: auto)",
+    )
+    model.add_argument(
+        "--top-k",
+        metavar="K",
+        type=whole(1, 2**20),
+        help="blocks that each head fetches a token (default: the model's own)",
+    )
+    store = parser.add_argument_group("store (sizes like 64MiB or 1.5GB)")
+    store.add_argument(
+        "--store",
+        metavar="DIR",
+        type=text,
+        help="where the disk tier lies (default: a temporary directory, removed at the end)",
+    )
+    store.add_argument(
+        "--hot", metavar="SIZE", type=size, default=hot, help=f"device memory (default: {hot})"
+    )
+    store.add_argument(
+        "--warm", metavar="SIZE", type=size, default=warm, help=f"host memory (default: {warm})"
+    )
+    store.add_argument(
+        "--cold",
+        metavar="SIZE",
+        type=size_or_none,
+        default="64GiB",
+        help="disk, compressed, or none: no disk (default: 64GiB)",
+    )
+    store.add_argument(
+        "--index",
+        choices=("auto", "exact", "hnsw"),
+        default="auto",
+        help="how blocks are searched: auto, exact or hnsw (default: auto)",
+        metavar="KIND",
+    )
+    store.add_argument(
+        "--policy",
+        choices=tuple(POLICIES),
+        default="lru",
+        help=f"which block leaves a full tier: {' or '.join(POLICIES)} (default: lru)",
+        metavar="NAME",
+    )
+    store.add_argument(
+        "--trace", metavar="FILE", type=text, help="record every access of a block in FILE"
+    )
+    answer = parser.add_argument_group("answer")
+    answer.add_argument(
+        "--max-new-tokens",
+        metavar="N",
+        type=whole(1, 2**31 - 1),
+        default=64,
+        help="the longest answer, in bytes (default: 64)",
+    )
+    answer.add_argument(
+        "--temperature",
+        metavar="T",
+        type=number,
+        default=0.0,
+        help="0 takes the likeliest byte, more is more varied (default: 0)",
+    )
+    answer.add_argument(
+        "--top-p",
+        metavar="P",
+        type=share,
+        default=1.0,
+        help="draw from the likeliest bytes that together have this share (default: 1)",
+    )
+    shown = " ".join(f'"{s}"' for s in stop) or "none"
+    answer.add_argument(
+        "--stop",
+        metavar="TEXT",
+        type=text,
+        action="append",
+        help=f'end the answer before TEXT; may be repeated; "" for none (default: {shown})',
+    )
+    answer.add_argument(
+        "--seed",
+        metavar="N",
+        type=whole(0, 2**32 - 1),
+        default=0,
+        help="of all that is random (default: 0)",
+    )
+    answer.add_argument(
+        "--json",
+        action="store_true",
+        help="print one line of JSON and nothing else",
+    )
+    parser.set_defaults(stop_default=stop)
+
+
+def store_config(args: argparse.Namespace) -> StoreConfig:
+    """Return the store's settings. ValueError where they make no sense together."""
+    from kvstore.config import IndexConfig, StoreConfig
+
+    return StoreConfig(
+        hot=args.hot,
+        warm=args.warm,
+        cold=args.cold,
+        directory=args.store,
+        device=args.device,
+        policy=args.policy,
+        trace=args.trace,
+        index=IndexConfig(kind=args.index),
+    )
+
+
+def sampling(args: argparse.Namespace) -> Sampling:
+    """Return how the answer is drawn. ValueError for a negative temperature or the like."""
+    from model.generate import Sampling
+
+    return Sampling(
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        stop=tuple(s for s in args.stop or args.stop_default if s),
+        seed=args.seed,
+    )

@@ -45,7 +45,7 @@ def load(name: str) -> Transformer:
             weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         model = Transformer(config)
         model.load_state_dict(weights)
-    except (SafetensorError, KeyError, TypeError, RuntimeError) as error:
+    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{path} is not a checkpoint of a model of ours: {reason}") from error
     return model.eval().requires_grad_(False)

@@ -36,15 +36,15 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.family not in ("landmark",):
             raise ValueError(f"model family {self.family!r} is unknown: use 'landmark'")
+        for name in ("width", "heads", "mlp_width", "block_size", "window_blocks", "top_k"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.width % self.heads or (self.width // self.heads) % 2:
             raise ValueError(
                 f"width {self.width} must be a multiple of twice the heads ({self.heads})"
             )
         if not self.layers or set(self.layers) - {"l", "r"}:
             raise ValueError(f"layers {self.layers!r} must be letters l (local) and r (retrieving)")
-        for name in ("width", "heads", "mlp_width", "block_size", "window_blocks", "top_k"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.segment < 1 or self.block_size % self.segment:
             raise ValueError(f"segment {self.segment} must divide the block size {self.block_size}")
 

@@ -6,6 +6,7 @@ A sample is bytes and a weight a byte: what the loss of predicting that byte cou
 from __future__ import annotations
 
 import gzip
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +33,8 @@ class Corpus:
             raise ValueError(f"no *.txt or *.txt.gz files to train on in {folder}")
         self.texts = [read_text(path) for path in self.names]
         sizes = np.array([len(t) for t in self.texts], dtype=float)
+        if not sizes.any():
+            raise ValueError(f"the texts to train on in {folder} are all empty")
         self.share = sizes / sizes.sum()
 
     def window(self, rng: np.random.Generator, length: int) -> Bytes:
@@ -43,7 +46,12 @@ class Corpus:
 
 def read_text(path: Path) -> Bytes:
     """Read a text file, gzip-compressed or plain, as bytes."""
-    raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    raw = path.read_bytes()
+    if path.suffix == ".gz":
+        try:
+            raw = gzip.decompress(raw)
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise ValueError(f"{path} is not a whole gzip file: {error}") from error
     return np.frombuffer(raw, dtype=np.uint8)
 
 

@@ -1,0 +1,233 @@
+"""Training samples: what lies where, what it weighs, and that everything follows from the seed."""
+
+from __future__ import annotations
+
+import ast
+import gzip
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import model.data
+import model.train
+from model.data import (
+    QUESTIONS,
+    Corpus,
+    Sample,
+    Tasks,
+    batch,
+    code,
+    foreign,
+    needle,
+    noise,
+    read_text,
+    sentences,
+    words,
+)
+
+BLOCK = 32
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Corpus:
+    (tmp_path / "one.txt").write_bytes(b"Call me Ishmael. " * 400)
+    (tmp_path / "two.txt.gz").write_bytes(gzip.compress(b"It was the best of times. " * 900))
+    (tmp_path / "kept.out.txt").write_bytes(b"never")
+    (tmp_path / "notes.md").write_bytes(b"not a text")
+    return Corpus(tmp_path, leave_out=("kept",))
+
+
+@pytest.fixture
+def tasks(corpus: Corpus) -> Tasks:
+    return Tasks(corpus)
+
+
+def draws(tasks: Tasks, length: int, count: int, seed: int = 0) -> list[Sample]:
+    rng = np.random.default_rng(seed)
+    return [tasks.hide(rng, length) for _ in range(count)]
+
+
+# --- the corpus ---------------------------------------------------------------------------------
+
+
+def test_corpus_reads_plain_and_compressed_texts(corpus: Corpus, tmp_path: Path) -> None:
+    assert [p.name for p in corpus.names] == ["one.txt", "two.txt.gz"]
+    assert corpus.texts[1].tobytes() == b"It was the best of times. " * 900
+    assert corpus.share.tolist() == pytest.approx([17 * 400 / 30200, 26 * 900 / 30200])
+    assert read_text(tmp_path / "one.txt").tobytes() == b"Call me Ishmael. " * 400
+
+
+def test_windows_are_weighed_by_size_and_begin_anywhere(corpus: Corpus) -> None:
+    rng = np.random.default_rng(0)
+    windows = [corpus.window(rng, 40).tobytes() for _ in range(600)]
+    texts = [t.tobytes() for t in corpus.texts]
+    assert all(any(w in t for t in texts) for w in windows)
+    assert 0.15 < sum(w in texts[0] for w in windows) / 600 < 0.31  # 0.225
+    assert len(set(windows)) == 17 + 26  # every phase of both repeated sentences
+
+
+def test_a_window_longer_than_its_text_repeats_it(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"abc")
+    assert Corpus(tmp_path).window(np.random.default_rng(0), 8).tobytes() == b"abcabcab"
+
+
+@pytest.mark.parametrize("leave_out", [(), ("only",)])
+def test_a_folder_without_texts_is_refused(tmp_path: Path, leave_out: tuple[str, ...]) -> None:
+    if leave_out:
+        (tmp_path / "only.txt").write_bytes(b"text")
+    with pytest.raises(ValueError, match=rf"no \*.txt or \*.txt.gz files .* {tmp_path}"):
+        Corpus(tmp_path, leave_out)
+
+
+def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="nowhere"):
+        Corpus(tmp_path / "nowhere")
+
+
+def test_empty_texts_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").touch()
+    with pytest.raises(ValueError, match="empty"):
+        Corpus(tmp_path)
+
+
+@pytest.mark.parametrize("raw", [b"not gzip", gzip.compress(bytes(1000))[:-12]])
+def test_a_damaged_gz_is_named(tmp_path: Path, raw: bytes) -> None:
+    (tmp_path / "bad.txt.gz").write_bytes(raw)
+    with pytest.raises(ValueError, match=r"bad\.txt\.gz"):
+        Corpus(tmp_path)
+
+
+# --- filler -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [words, noise, foreign, sentences, code])
+@pytest.mark.parametrize("length", [1, 33, 5000])
+def test_filler_has_the_length_asked_for_and_varies(make: object, length: int) -> None:
+    assert callable(make)
+    text = make(np.random.default_rng(1), length)
+    assert text.dtype == np.uint8
+    assert text.shape == (length,)
+    assert np.array_equal(text, make(np.random.default_rng(1), length))
+    assert length == 1 or not np.array_equal(text, make(np.random.default_rng(2), length))
+
+
+def test_filler_is_what_it_says() -> None:
+    rng = np.random.default_rng(0)
+    assert set(words(rng, 3000).tobytes()) == set(b"abcdefghijklmnopqrstuvwxyz ")
+    assert {len(set(noise(rng, 9000).tolist())) for _ in range(8)} == {256, 95}
+    assert b"The grass is green. The sky is blue." in sentences(rng, 500).tobytes()
+    letters = foreign(rng, 3000).tobytes().decode(errors="ignore")
+    assert max(map(ord, letters)) > 0x370
+    lines = code(rng, 9000).tobytes().decode().splitlines()
+    assert any(line.startswith("        ") for line in lines)
+
+
+# --- needles ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", [128, 256, 512, 1024])
+def test_samples_have_their_length_and_weights(tasks: Tasks, length: int) -> None:
+    rng = np.random.default_rng(3)
+    kinds = Counter()
+    for _ in range(200):
+        sample = tasks.sample(rng, length)
+        kinds[sample.answer is None] += 1
+        assert sample.text.shape == sample.weight.shape == (length,)
+        assert sample.text.dtype == np.uint8
+        assert sample.weight.dtype == np.float32
+        assert (sample.weight > 0).all()
+        if sample.answer is None:
+            assert (sample.weight == 1).all()
+    assert 0.45 < kinds[False] / 200 < 0.75  # 0.6
+
+
+def test_the_answer_is_where_it_is_said_to_be(tasks: Tasks) -> None:
+    """The key follows its question, counts most, and stands in the needle before."""
+    for sample in draws(tasks, 512, 200):
+        text, answer = sample.text.tobytes(), sample.answer
+        assert answer is not None
+        number = text[answer].decode()
+        assert len(number) == 5
+        assert 10000 <= int(number) <= 99999
+        before = text[: answer.start]
+        name = before[before.rindex(b" The ") + 5 : -len(b" is ")].decode()
+        assert before.endswith(f" The {name} is ".encode())
+        hidden = f" The {name} is {number}. Remember it. {number} is the {name}. ".encode()
+        assert text.count(hidden) == 1
+        assert text.index(hidden) + len(hidden) <= answer.start
+        assert text[answer.stop : answer.stop + 1] == b"."
+        heavy = np.flatnonzero(sample.weight == tasks.answer_weight)
+        assert heavy.tolist() == list(range(answer.start - 1, answer.stop + 1))
+
+
+def test_most_samples_ask_for_the_pass_key_as_the_reader_will(tasks: Tasks) -> None:
+    asked = Counter()
+    for sample in draws(tasks, 512, 300):
+        assert sample.answer is not None
+        before = sample.text[: sample.answer.start - 1].tobytes().decode(errors="replace")
+        asked[next((q for q in QUESTIONS if before.endswith(q)), "other")] += 1
+    assert 0.3 < asked[QUESTIONS[0]] / 300 < 0.6  # 0.75 * 0.6
+    assert 0.2 < asked[QUESTIONS[1]] / 300 < 0.4
+    assert 0.15 < asked["other"] / 300 < 0.35
+    assert needle(12345) == " The pass key is 12345. Remember it. 12345 is the pass key. "
+
+
+@pytest.mark.parametrize("length", [256, 512])
+def test_answers_and_needles_take_every_phase_of_a_block(tasks: Tasks, length: int) -> None:
+    answers, keys, straddling = set(), set(), 0
+    for sample in draws(tasks, length, 600):
+        assert sample.answer is not None
+        number = sample.text[sample.answer].tobytes()
+        at = sample.text.tobytes().index(number)
+        answers.add(sample.answer.start % BLOCK)
+        keys.add(at % BLOCK)
+        straddling += at // BLOCK != (at + 4) // BLOCK
+    assert answers == set(range(BLOCK))
+    assert keys == set(range(BLOCK))
+    assert 0.05 < straddling / 600 < 0.25  # 4 / 32
+
+
+def test_needles_lie_at_every_depth_among_decoys(tasks: Tasks) -> None:
+    depths, decoys = [], 0
+    for sample in draws(tasks, 1024, 300):
+        assert sample.answer is not None
+        text = sample.text.tobytes()
+        depths.append(text.index(text[sample.answer]) / 1024)
+        marks = text.count(b". Remember it. ")
+        decoys += marks > 1
+    low, high = np.quantile(depths, [0.1, 0.9])
+    assert low < 0.2
+    assert high > 0.7
+    assert decoys > 60
+
+
+def test_a_thing_with_a_long_name_fits_the_shortest_sample(tasks: Tasks) -> None:
+    for sample in draws(tasks, 128, 400, seed=9):
+        assert sample.text.shape == (128,)
+
+
+def test_a_batch_follows_from_seed_and_step(corpus: Corpus) -> None:
+    first = batch(Tasks(corpus), 1, 5, 8, 128)
+    again = batch(Tasks(corpus), 1, 5, 8, 128)
+    assert first[0].shape == first[1].shape == (8, 128)
+    assert first[0].dtype == np.uint8
+    assert np.array_equal(first[0], again[0])
+    assert np.array_equal(first[1], again[1])
+    assert first[2] == again[2]
+    for seed, step in ((1, 6), (2, 5)):
+        assert not np.array_equal(first[0], batch(Tasks(corpus), seed, step, 8, 128)[0])
+
+
+def test_training_never_reads_the_demos_text() -> None:
+    """The library's source and the readings' haystacks stay unseen: nothing here can name them."""
+    for module in (model.data, model.train):
+        imported: set[str] = set()
+        for node in ast.walk(ast.parse(Path(module.__file__).read_text())):
+            if isinstance(node, ast.ImportFrom):
+                imported |= set(f"{node.module}".split(".")) | {a.name for a in node.names}
+            elif isinstance(node, ast.Import):
+                imported |= {part for a in node.names for part in a.name.split(".")}
+        assert "numpy" in imported
+        assert not imported & {"haystack", "sysconfig", "inspect", "linecache", "importlib", "sys"}

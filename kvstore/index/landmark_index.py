@@ -1,0 +1,414 @@
+"""The index of one context: landmarks of its streams, and which of them match a query best.
+
+Owns the choice between exact search and HNSW. Never knows what a block holds or where it lies.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kvstore.config import IndexConfig
+from kvstore.errors import StoreClosedError
+from kvstore.index import cost
+from kvstore.index.builder import Builder
+from kvstore.index.exact import ExactSearch
+from kvstore.index.pages import LandmarkPages
+from kvstore.index.segment import Segment, plan
+from kvstore.index.segments import Segments
+
+Kind = Literal["exact", "hnsw"]
+
+
+@dataclass(frozen=True)
+class IndexStats:
+    """What an index holds, and what was asked of it and its forks so far.
+
+    kind: what answered the last query. queries: one per stream. mean_query_us: of wall time per
+    query; on CUDA without what is still running on the device. recall: of sampled HNSW queries,
+    the share of the exact top k that was found; None before the first sample.
+    """
+
+    kind: Kind
+    landmarks: int
+    bytes: int
+    queries: int
+    mean_query_us: float
+    recall: float | None
+
+
+class _Tally:
+    """Counters of an index and its forks."""
+
+    def __init__(self) -> None:
+        self.kind: Kind = "exact"
+        self.queries = 0
+        self.seconds = 0.0
+        self.graph_queries = 0
+        self.sampled = 0
+        self.recall = 0.0
+
+
+class LandmarkIndex:
+    """Maximum inner product search over landmarks [streams, n, dim], float32, on `device`.
+
+    Block numbers are implied: the first landmark added to a stream is block 0. The landmarks stay
+    in memory for exact search; HNSW segments come on top, over all but the newest.
+
+    The same landmarks, searches and config give the same answers: where a segment takes over from
+    exact search depends on counts, never on timing. With kind "hnsw" segments are built while
+    landmarks are added and a segment is used half a segment later; with "auto" (on a CPU) when
+    exact search has cost so much more than segments would have that building them would have been
+    paid for (by kvstore.index.cost), and used when it has been paid for one and a half times.
+    `wait` does both at once.
+
+    Used by one thread.
+    """
+
+    def __init__(
+        self, config: IndexConfig, streams: int, dim: int, device: torch.device | str = "cpu"
+    ) -> None:
+        if streams < 1 or dim < 1:
+            raise ValueError(f"an index needs streams and dim of at least 1, not {streams}, {dim}")
+        self.config = config
+        self.streams = streams
+        self.dim = dim
+        self.device = torch.device(device)
+        self._graphs = config.kind == "hnsw" or (
+            config.kind == "auto" and self.device.type == "cpu"
+        )
+        self._pages = LandmarkPages(streams, dim, self.device)
+        self._builder = Builder()
+        self._segments = Segments(config, self._pages, self._builder)
+        self._exact = ExactSearch(self.device)
+        self._tally = _Tally()
+        # What exact search cost more than segments would have, and up to where to use segments.
+        self._lost_us = [0.0] * streams
+        self._target = [0] * streams
+        self._closed = False
+
+    def fork(self) -> LandmarkIndex:
+        """Return an index with the same landmarks and segments, without copying them.
+
+        Either may go on adding; neither sees what the other adds. Statistics are counted together.
+        """
+        self._check()
+        fork = LandmarkIndex.__new__(LandmarkIndex)
+        fork.config, fork.streams, fork.dim = self.config, self.streams, self.dim
+        fork.device, fork._graphs = self.device, self._graphs
+        fork._pages = self._pages.fork()
+        fork._builder = self._builder.retain()
+        fork._segments = self._segments.fork(fork._pages)
+        fork._exact, fork._tally = self._exact, self._tally
+        fork._lost_us, fork._target = list(self._lost_us), list(self._target)
+        fork._closed = False
+        return fork
+
+    def add(self, streams: slice | Sequence[int], landmarks: torch.Tensor) -> None:
+        """Append landmarks [s, n, dim], of any float dtype, to each of s streams.
+
+        Raises ValueError for another shape or for numbers that are not finite, and adds nothing.
+        """
+        self._check()
+        rows = self._numbers(streams)
+        values = self._floats("landmarks", landmarks, len(rows))
+        for i, stream in enumerate(rows):
+            self._pages.append(stream, values[i])
+            if self.config.kind == "hnsw":
+                self._segments.request(stream, self._pages.counts[stream])
+
+    def search(
+        self,
+        streams: slice | Sequence[int],
+        queries: torch.Tensor,
+        k: int,
+        before: torch.Tensor | NDArray[np.int64] | int | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Find the k blocks whose landmarks have the largest inner products with each query.
+
+        queries: [s, m, dim], any float dtype; before: only blocks with a smaller number count, for
+        each query [m] int64 or for all of them; None: all blocks do. Returns blocks int64
+        [s, m, k] and scores float32 [s, m, k] on the index's device, best first, -1 and -inf where
+        there are fewer than k blocks. Raises ValueError for other shapes, k < 1 and queries that
+        are not finite.
+        """
+        began = time.perf_counter()
+        self._check()
+        rows = self._numbers(streams)
+        values = self._floats("queries", queries, len(rows))
+        s, m, _ = values.shape
+        if k < 1:
+            raise ValueError(f"k is {k}; it must be at least 1")
+        bounds = _bounds(before, m)
+        if not s or not m:
+            return self._exact.top_k(self._pages, rows, values, k, bounds)
+        graphs = [self._graphs_for(stream, m, k, bounds) for stream in rows]
+        if not any(graphs):
+            found = self._exact.top_k(self._pages, rows, values, k, bounds)
+        else:
+            parts = [
+                self._merge(graphs[i], stream, values[i : i + 1], k, bounds)
+                for i, stream in enumerate(rows)
+            ]
+            found = (
+                parts[0]
+                if s == 1
+                else (
+                    torch.cat([numbers for numbers, _ in parts]),
+                    torch.cat([scores for _, scores in parts]),
+                )
+            )
+        self._tally.kind = "hnsw" if any(graphs) else "exact"
+        self._tally.queries += s * m
+        self._tally.seconds += time.perf_counter() - began
+        for i, stream in enumerate(rows):
+            if graphs[i]:
+                self._sample(stream, values[i], k, bounds, found[0][i, 0])
+        return found
+
+    def wait(self) -> None:
+        """Build what single queries profit from, wait for it, and use it from now on.
+
+        Called between reading and answering, it makes the answers fast; they are the same whether
+        or not the thread had been at it before. Raises KVStoreError if building failed.
+        """
+        self._check()
+        counts = self._pages.counts
+        streams = [s for s in range(self.streams) if self._graphs and self._profits(s)]
+        for stream in streams:
+            self._segments.request(stream, counts[stream])
+        for stream in streams:
+            self._segments.settle(stream, counts[stream])
+            self._target[stream] = self._segments.settled[stream]
+
+    def progress(self) -> dict[str, torch.Tensor]:
+        """Return what `resume` needs, beside the landmarks, for the same answers again."""
+        return {
+            "settled": torch.tensor(self._segments.settled, dtype=torch.int64),
+            "lost_us": torch.tensor(self._lost_us, dtype=torch.float64),
+        }
+
+    def resume(self, progress: dict[str, torch.Tensor]) -> None:
+        """Go on where `progress` was taken; the same landmarks have been added to this index.
+
+        The segments are built in the background; the first search that needs one waits for it.
+        """
+        self._check()
+        settled, lost = progress["settled"].tolist(), progress["lost_us"].tolist()
+        if len(settled) != self.streams or len(lost) != self.streams:
+            raise ValueError(f"the progress is of {len(settled)} streams, not {self.streams}")
+        if any(a > b for a, b in zip(settled, self._pages.counts, strict=True)):
+            raise ValueError("the progress is of an index with more landmarks")
+        self._lost_us = lost
+        self._target = settled
+        if self._graphs:
+            for stream, count in enumerate(settled):
+                self._segments.request(stream, count)
+
+    def length(self, stream: int) -> int:
+        """Return the number of landmarks of a stream."""
+        return self._pages.counts[self._number(stream)]
+
+    def landmarks(self, stream: int) -> torch.Tensor:
+        """Return a copy of a stream's landmarks, float32 [n, dim]."""
+        return self._pages.tensor(self._number(stream))
+
+    def kind_for(self, m: int, k: int = 1, stream: int = 0) -> Kind:
+        """Return what would answer m queries at once now; changes nothing."""
+        return "hnsw" if self._pick(self._number(stream), m, k, None)[0] else "exact"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of landmarks, graphs and buffers, those shared with forks included."""
+        return self._pages.nbytes + self._segments.nbytes + self._exact.nbytes
+
+    @property
+    def stats(self) -> IndexStats:
+        """What it holds, and what was asked of it and its forks so far."""
+        tally = self._tally
+        return IndexStats(
+            kind=tally.kind,
+            landmarks=sum(self._pages.counts),
+            bytes=self.nbytes,
+            queries=tally.queries,
+            mean_query_us=1e6 * tally.seconds / max(tally.queries, 1),
+            recall=tally.recall / tally.sampled if tally.sampled else None,
+        )
+
+    def close(self) -> None:
+        """End it; forks live on. The last one to close ends the building thread."""
+        if not self._closed:
+            self._closed = True
+            self._builder.release()
+
+    def _graphs_for(
+        self, stream: int, m: int, k: int, bounds: NDArray[np.int64] | None
+    ) -> list[Segment]:
+        """Return the segments to search, none for exact search, after starting to use due ones."""
+        if not self._graphs:
+            return []
+        if self.config.kind == "hnsw":
+            # Half a segment later: until then the thread has time to build it.
+            ripe = self._pages.counts[stream] - self.config.segment // 2
+            self._target[stream] = max(self._target[stream], ripe)
+        usable, us = self._pick(stream, m, k, bounds)
+        if self.config.kind == "auto":
+            self._rent(stream, m, k, bounds, us)
+        if self._target[stream] >= self._segments.settled[stream] + self.config.segment:
+            self._segments.settle(stream, self._target[stream])
+            usable, _ = self._pick(stream, m, k, bounds)
+        return usable
+
+    def _pick(
+        self, stream: int, m: int, k: int, bounds: NDArray[np.int64] | None
+    ) -> tuple[list[Segment], float]:
+        """Return the segments to search, and the microseconds that the search should take."""
+        count = self._pages.counts[stream]
+        # A segment that straddles a bound can't tell which side its best are on: exact from there.
+        low = count if bounds is None else int(bounds.min())
+        high = count if bounds is None else min(count, int(bounds.max()))
+        usable = [s for s in self._segments.active[stream] if s.stop <= low]
+        exact = cost.exact_us(high, m, self.dim)
+        if not usable:
+            return usable, exact
+        beam = max(self.config.ef_search, k)
+        graph = cost.graph_us(len(usable), high - usable[-1].stop, m, self.dim, beam)
+        if self.config.kind == "auto" and exact < graph:
+            return [], exact
+        return usable, graph
+
+    def _rent(
+        self, stream: int, m: int, k: int, bounds: NDArray[np.int64] | None, us: float
+    ) -> None:
+        """Count what a search loses for want of segments; ask for them when it has paid for them.
+
+        Rent or buy: whatever the number of queries turns out to be, at most about twice the time
+        is spent that would have been best in hindsight.
+        """
+        count = self._pages.counts[stream]
+        due = count - count % self.config.segment
+        if due <= self._segments.settled[stream]:
+            return
+        if bounds is not None and int(bounds.min()) < due:
+            return
+        high = count if bounds is None else min(count, int(bounds.max()))
+        beam = max(self.config.ef_search, k)
+        graphs = len(plan(due, self.config.segment))
+        self._lost_us[stream] += max(0.0, us - cost.graph_us(graphs, high - due, m, self.dim, beam))
+        missing = self._segments.missing(stream, due)
+        price = cost.build_us(missing, self.dim, self.config.ef_construction)
+        if self._lost_us[stream] >= price:
+            self._segments.request(stream, due)
+        if self._lost_us[stream] >= 1.5 * price:
+            self._target[stream] = due
+            self._lost_us[stream] = 0.0
+
+    def _profits(self, stream: int) -> bool:
+        count = self._pages.counts[stream]
+        graphs = len(plan(count, self.config.segment))
+        rest = count % self.config.segment
+        return self.config.kind == "hnsw" or cost.graph_us(
+            graphs, rest, 1, self.dim, self.config.ef_search
+        ) < cost.exact_us(count, 1, self.dim)
+
+    def _merge(
+        self,
+        graphs: list[Segment],
+        stream: int,
+        queries: torch.Tensor,
+        k: int,
+        bounds: NDArray[np.int64] | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the best of the segments and, exactly, of the rest; queries [1, m, dim]."""
+        points = queries[0].cpu().numpy()
+        parts: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for graph in graphs:
+            found = graph.search(points, k)
+            if found is None:
+                graphs, parts = [], []
+                break
+            parts.append((torch.from_numpy(found[0])[None], torch.from_numpy(found[1])[None]))
+        rest = graphs[-1].stop if graphs else 0
+        if rest < self._pages.counts[stream] or sum(part[0].shape[-1] for part in parts) < k:
+            numbers, scores = self._exact.top_k(self._pages, [stream], queries, k, bounds, rest)
+            parts.append((numbers.cpu(), scores.cpu()))
+        numbers, scores = parts[0]
+        if len(parts) > 1:
+            numbers = torch.cat([numbers for numbers, _ in parts], dim=-1)
+            scores, order = torch.cat([scores for _, scores in parts], dim=-1).topk(k)
+            numbers = numbers.gather(-1, order)
+        return numbers.to(self.device), scores.to(self.device)
+
+    def _sample(
+        self,
+        stream: int,
+        queries: torch.Tensor,
+        k: int,
+        bounds: NDArray[np.int64] | None,
+        found: torch.Tensor,
+    ) -> None:
+        """Answer one in so many HNSW queries exactly too, and note how much of that was found."""
+        tally, every = self._tally, self.config.sample
+        before = tally.graph_queries
+        tally.graph_queries += len(queries)
+        if not every or before // every == tally.graph_queries // every:
+            return
+        bounds = None if bounds is None else bounds[:1]
+        exact, _ = self._exact.top_k(self._pages, [stream], queries[None, :1], k, bounds)
+        want = {number for number in exact.flatten().tolist() if number >= 0}
+        if want:
+            tally.sampled += 1
+            tally.recall += len(want.intersection(found.tolist())) / len(want)
+
+    def _check(self) -> None:
+        if self._closed:
+            raise StoreClosedError("the index is closed")
+        self._builder.raise_failure()
+
+    def _number(self, stream: int) -> int:
+        if not 0 <= stream < self.streams:
+            raise ValueError(f"stream {stream} is not one of 0 to {self.streams - 1}")
+        return stream
+
+    def _numbers(self, streams: slice | Sequence[int]) -> list[int]:
+        if isinstance(streams, slice):
+            return list(range(*streams.indices(self.streams)))
+        numbers = [self._number(int(stream)) for stream in streams]
+        if len(set(numbers)) < len(numbers):
+            raise ValueError(f"streams {numbers} name one twice")
+        return numbers
+
+    def _floats(self, name: str, tensor: torch.Tensor, streams: int) -> torch.Tensor:
+        shape = tuple(tensor.shape)
+        if len(shape) != 3 or shape[0] != streams or shape[2] != self.dim:
+            raise ValueError(f"{name} have shape {shape}; expected ({streams}, n, {self.dim})")
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} are {tensor.dtype}; expected a float dtype")
+        values = tensor.detach().to(self.device, torch.float32)
+        # The sum is not finite if a number is not, and can else only have overflowed.
+        if not math.isfinite(values.sum()) and not bool(values.isfinite().all()):
+            raise ValueError(f"{name} hold numbers that are not finite")
+        return values
+
+
+def _bounds(
+    before: torch.Tensor | NDArray[np.int64] | int | None, m: int
+) -> NDArray[np.int64] | None:
+    if before is None:
+        return None
+    given = before.cpu().numpy() if isinstance(before, torch.Tensor) else np.asarray(before)
+    if given.dtype.kind not in "iu" or given.shape not in ((), (m,)):
+        raise ValueError(
+            f"before is {given.dtype} of shape {given.shape}; expected whole numbers, one or {m}"
+        )
+    bounds = np.broadcast_to(given, (m,)).astype(np.int64)
+    if m and bounds.min() < 0:
+        raise ValueError(f"before is {bounds.min()}; block numbers begin at 0")
+    return bounds

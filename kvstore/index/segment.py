@@ -1,0 +1,126 @@
+"""One frozen HNSW graph over consecutive landmarks of one stream.
+
+Owns the graph. Never changes it once it is built, so forks share it and an answer never depends on
+when it was asked. The only file that imports hnswlib.
+
+HNSW is Malkov & Yashunin, 2016 (arXiv 1603.09320). Inner product is not a metric, so its recall is
+a matter of measurement: see bench/index.py and the recall that a running index samples.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+import hnswlib
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kvstore.config import IndexConfig
+from kvstore.errors import KVStoreError
+from kvstore.index.pages import stack
+
+BATCH = 256
+"""Landmarks added between two looks at whether the building was called off."""
+
+
+def plan(count: int, segment: int) -> list[tuple[int, int]]:
+    """Return the ranges (start, stop) of the segments over `count` landmarks.
+
+    They follow each other from 0, sizes descending powers of two times `segment`; fewer than
+    `segment` landmarks are left over. Depends on nothing else, so a rebuild cuts the same.
+    """
+    ranges = []
+    start, left = 0, count // segment
+    while left:
+        size = 1 << (left.bit_length() - 1)
+        ranges.append((start, start + size * segment))
+        start += size * segment
+        left -= size
+    return ranges
+
+
+class Segment:
+    """Landmarks start..stop of one stream, searchable once `build` has run, on any thread.
+
+    views: the landmarks [dim, n] in order, n adding up to stop - start.
+    """
+
+    def __init__(
+        self, config: IndexConfig, dim: int, start: int, stop: int, views: Sequence[torch.Tensor]
+    ) -> None:
+        self.start = start
+        self.stop = stop
+        self.error: Exception | None = None
+        self._raised = False
+        self._config = config
+        self._dim = dim
+        self._views: Sequence[torch.Tensor] = views
+        self._graph: hnswlib.Index | None = None
+        self._done = threading.Event()
+
+    def build(self, called_off: threading.Event) -> None:
+        """Build the graph, in block order; on failure keep the error for `raise_error`."""
+        try:
+            rows = stack(self._views)
+            graph = hnswlib.Index("ip", self._dim)
+            graph.init_index(
+                len(rows),
+                M=self._config.m,
+                ef_construction=self._config.ef_construction,
+                random_seed=self._config.seed,
+            )
+            for i in range(0, len(rows), BATCH):
+                if called_off.is_set():
+                    raise KVStoreError("the index was closed while a segment was being built")
+                some = rows[i : i + BATCH]
+                # One thread: with more, the order of insertion and so the graph would vary.
+                graph.add_items(some, np.arange(len(some)) + (self.start + i), num_threads=1)
+            graph.set_ef(self._config.ef_search)
+            self._graph = graph
+        except Exception as error:
+            self.error = error
+        finally:
+            self._views = ()
+            self._done.set()
+
+    def ready(self) -> Segment:
+        """Wait until it is built; raise KVStoreError if that failed."""
+        self._done.wait()
+        if self.error is not None:
+            raise self._failure()
+        return self
+
+    def raise_error(self) -> None:
+        """Raise KVStoreError if building failed and that has not been raised yet."""
+        if self.error is not None and not self._raised:
+            raise self._failure()
+
+    def _failure(self) -> KVStoreError:
+        self._raised = True
+        failure = KVStoreError(f"an index segment could not be built: {self.error}")
+        failure.__cause__ = self.error
+        return failure
+
+    def search(
+        self, queries: NDArray[np.float32], k: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]] | None:
+        """Return (numbers [m, k'], scores [m, k']), best first, k' = min(k, stop - start).
+
+        queries: [m, dim]. None when the graph does not reach that many landmarks: many equal ones
+        can leave it in pieces.
+        """
+        assert self._graph is not None
+        try:
+            labels, distances = self._graph.knn_query(
+                queries, k=min(k, self.stop - self.start), num_threads=1
+            )
+        except RuntimeError:
+            return None
+        return labels.view(np.int64), 1.0 - distances
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the graph and of its own copy of the landmarks; 0 until built."""
+        return 0 if self._graph is None else int(self._graph.index_file_size())

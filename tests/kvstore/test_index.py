@@ -1,0 +1,526 @@
+"""The index: exact search against numpy, HNSW against exact, forks, rebuilds, bad input."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+
+from kvstore.config import IndexConfig
+from kvstore.errors import KVStoreError, StoreClosedError
+from kvstore.index import LandmarkIndex, builder, cost, exact, pages
+from kvstore.index.segment import Segment, plan
+
+DIM = 16
+SMALL_HNSW = IndexConfig(kind="hnsw", segment=64, sample=1)
+
+
+def clustered(n: int, dim: int = DIM, seed: int = 0) -> torch.Tensor:
+    """Points [n, dim] around 32 centres, a third as far from them as these are from each other."""
+    generator = np.random.default_rng(seed)
+    centres = 3 * np.random.default_rng(99).normal(size=(32, dim))
+    points = centres[generator.integers(0, 32, n)] + generator.normal(size=(n, dim))
+    return torch.from_numpy(points.astype(np.float32))
+
+
+def reference(landmarks, queries, k, before=None):
+    """Numbers and scores of the best k, the slow way: numpy in float64, one query at a time."""
+    m = len(queries)
+    numbers = np.full((m, k), -1)
+    scores = np.full((m, k), -np.inf)
+    for i in range(m):
+        stop = len(landmarks) if before is None else min(len(landmarks), int(before[i]))
+        products = landmarks[:stop].astype(np.float64) @ queries[i].astype(np.float64)
+        best = np.argsort(-products, kind="stable")[:k]
+        numbers[i, : len(best)], scores[i, : len(best)] = best, products[best]
+    return numbers, scores
+
+
+def same(index, landmarks, queries, k, before, found):
+    """Check found against the reference for one stream; near ties may be in either order."""
+    numbers, scores = (part.numpy() for part in found)
+    want, want_scores = reference(landmarks, queries, k, before)
+    np.testing.assert_allclose(scores, want_scores, rtol=1e-4, atol=1e-4)
+    assert ((numbers < 0) == (want < 0)).all()
+    for i in range(len(queries)):
+        real = numbers[i][numbers[i] >= 0]
+        assert len(set(real.tolist())) == len(real)
+        assert (real < (len(landmarks) if before is None else min(before[i], len(landmarks)))).all()
+        np.testing.assert_allclose(
+            landmarks[real].astype(np.float64) @ queries[i].astype(np.float64),
+            scores[i][numbers[i] >= 0],
+            rtol=1e-4,
+            atol=1e-4,
+        )
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_exact_is_numpy(data):
+    draw = data.draw
+    streams, dim = draw(st.integers(1, 3)), draw(st.sampled_from([1, 3, 16]))
+    m, k = draw(st.integers(1, 5)), draw(st.integers(1, 40))
+    generator = np.random.default_rng(draw(st.integers(0, 2**16)))
+    index = LandmarkIndex(IndexConfig(kind="exact"), streams, dim)
+    landmarks = [np.empty((0, dim), np.float32) for _ in range(streams)]
+    for _ in range(draw(st.integers(0, 6))):
+        some = draw(st.lists(st.integers(0, streams - 1), unique=True, max_size=streams))
+        n = draw(st.sampled_from([0, 1, 2, 63, 64, 65, 700, 1500]))
+        rows = generator.normal(size=(len(some), n, dim)).astype(np.float32)
+        index.add(some, torch.from_numpy(rows))
+        for i, stream in enumerate(some):
+            landmarks[stream] = np.concatenate([landmarks[stream], rows[i]])
+        if draw(st.booleans()):
+            index = index.fork()
+    queries = generator.normal(size=(streams, m, dim)).astype(np.float32)
+    longest = max(map(len, landmarks))
+    before = draw(
+        st.none()
+        | st.integers(0, longest + 70)
+        | st.lists(st.integers(0, longest + 70), min_size=m, max_size=m)
+    )
+    given_before = torch.tensor(before) if isinstance(before, list) else before
+    blocks, scores = index.search(slice(None), torch.from_numpy(queries), k, given_before)
+    assert blocks.shape == scores.shape == (streams, m, k)
+    assert blocks.dtype == torch.int64
+    assert scores.dtype == torch.float32
+    bounds = None if before is None else np.broadcast_to(before, m)
+    for s in range(streams):
+        assert index.length(s) == len(landmarks[s])
+        np.testing.assert_array_equal(index.landmarks(s).numpy(), landmarks[s])
+        same(index, landmarks[s], queries[s], k, bounds, (blocks[s], scores[s]))
+
+
+@pytest.mark.parametrize(("rows", "width", "k"), [(1, 64 * 300, 5), (7, 64 * 90, 16), (40, 640, 3)])
+def test_two_stage_selection_is_topk(rows, width, k):
+    scores = torch.randn(rows, width)
+    scores[:, 100:110] = scores[:, 50:51]  # ties over group borders
+    indices, values = exact.select(scores, k)
+    assert torch.equal(values, scores.topk(k).values)
+    assert torch.equal(scores.gather(1, indices), values)
+    assert all(len(set(row.tolist())) == k for row in indices)
+
+
+@pytest.mark.parametrize("scores", [1, 4096 * 3, 4096 * 12])
+def test_tiles_change_nothing(monkeypatch, scores):
+    landmarks, queries = torch.randn(2, 9000, DIM), torch.randn(2, 6, DIM)
+    before = torch.tensor([9000, 8999, 4097, 4096, 5, 0])
+    index = LandmarkIndex(IndexConfig(kind="exact"), 2, DIM)
+    index.add(slice(None), landmarks)
+    whole = index.search(slice(None), queries, 20, before)
+    monkeypatch.setattr(exact, "SCORES", scores)
+    tiled = index.search(slice(None), queries, 20, before)
+    assert torch.equal(whole[0], tiled[0])
+    torch.testing.assert_close(whole[1], tiled[1])
+
+
+def test_scores_do_not_depend_on_pages_or_forks():
+    landmarks, queries = clustered(5000), torch.randn(1, 3, DIM)
+    at_once = LandmarkIndex(IndexConfig(kind="exact"), 1, DIM)
+    at_once.add([0], landmarks[None])
+    forked = LandmarkIndex(IndexConfig(kind="exact"), 1, DIM)
+    for i, part in enumerate(landmarks.split(37)):
+        forked = forked.fork() if i % 50 == 49 else forked
+        forked.add([0], part[None])
+    for some in (queries, queries[:, :1]):
+        a, b = at_once.search([0], some, 30), forked.search([0], some, 30)
+        assert torch.equal(a[0], b[0])
+        assert torch.equal(a[1], b[1])
+
+
+def test_growing_does_not_move_landmarks():
+    index = LandmarkIndex(IndexConfig(kind="exact"), 2, DIM)
+    for _ in range(200):
+        index.add([0, 1], torch.randn(2, 16, DIM))
+    used = 2 * 3200 * DIM * 4
+    assert used <= index.nbytes < 2 * used
+    assert index.stats.landmarks == 6400
+
+
+# HNSW
+
+
+def test_plan_covers_whole_segments_in_descending_powers_of_two():
+    assert plan(0, 64) == plan(63, 64) == []
+    assert plan(64 * 7 + 5, 64) == [(0, 256), (256, 384), (384, 448)]
+    for count in range(0, 5000, 17):
+        ranges = plan(count, 64)
+        assert [a for a, _ in ranges] == [0, *(b for _, b in ranges)][: len(ranges)]
+        assert sum(b - a for a, b in ranges) == count // 64 * 64
+        assert len(ranges) == bin(count // 64).count("1")
+
+
+@pytest.mark.parametrize("m", [1, 9])
+def test_hnsw_finds_most_of_what_exact_finds(m):
+    landmarks = clustered(3000)
+    index = LandmarkIndex(IndexConfig(kind="hnsw", segment=256, sample=1), 2, DIM)
+    index.add([0, 1], torch.stack([landmarks, landmarks.flip(0)]))
+    index.wait()
+    assert index.kind_for(m) == "hnsw"
+    hits = 0
+    queries = clustered(2 * 90, seed=1).view(2, 90, DIM)
+    for i in range(0, 90, m):
+        some = queries[:, i : i + m]
+        blocks, scores = index.search([0, 1], some, 10)
+        assert (scores.diff(dim=-1) <= 0).all()
+        for s in range(2):
+            rows = index.landmarks(s).numpy()
+            products = np.einsum("mkd,md->mk", rows[blocks[s]], some[s])
+            np.testing.assert_allclose(scores[s], products, rtol=1e-4, atol=1e-4)
+            want, _ = reference(rows, some[s].numpy(), 10)
+            hits += sum(
+                len(np.intersect1d(a, b)) for a, b in zip(blocks[s].numpy(), want, strict=True)
+            )
+    assert hits / (2 * 90 * 10) > 0.95
+    stats = index.stats
+    assert stats.kind == "hnsw"
+    assert stats.queries == 180
+    assert stats.mean_query_us > 0
+    assert stats.recall is not None
+    assert stats.recall > 0.95
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    n=st.integers(0, 400),
+    k=st.sampled_from([1, 5, 64, 100, 500]),
+    bounds=st.none() | st.integers(0, 450) | st.lists(st.integers(0, 450), min_size=3, max_size=3),
+    waits=st.booleans(),
+)
+def test_hnsw_honours_before_and_k(n, k, bounds, waits):
+    """With a beam wider than the index HNSW is exact, so every path must agree with numpy."""
+    config = IndexConfig(kind="hnsw", segment=64, ef_search=512, ef_construction=200)
+    index = LandmarkIndex(config, 1, DIM)
+    landmarks = clustered(n)
+    index.add([0], landmarks[None])
+    if waits:
+        index.wait()
+    queries = torch.randn(1, 3, DIM)
+    before = torch.tensor(bounds) if isinstance(bounds, list) else bounds
+    blocks, scores = index.search([0], queries, k, before)
+    limit = None if bounds is None else np.broadcast_to(bounds, 3)
+    same(index, landmarks.numpy(), queries[0].numpy(), k, limit, (blocks[0], scores[0]))
+    index.close()
+
+
+def test_a_straddling_segment_is_answered_exactly():
+    index = LandmarkIndex(SMALL_HNSW, 1, DIM)
+    landmarks = clustered(256)
+    index.add([0], landmarks[None])
+    index.wait()
+    assert [(s.start, s.stop) for s in index._segments.active[0]] == [(0, 256)]
+    queries = torch.randn(1, 2, DIM)
+    blocks, scores = index.search([0], queries, 8, torch.tensor([256, 255]))
+    assert index.stats.kind == "exact"
+    same(index, landmarks.numpy(), queries[0].numpy(), 8, [256, 255], (blocks[0], scores[0]))
+
+
+def test_a_rebuild_answers_the_same():
+    landmarks, queries = clustered(700), clustered(50, seed=3)
+
+    def answers(chunk: int) -> list[torch.Tensor]:
+        index = LandmarkIndex(IndexConfig(kind="hnsw", segment=128, ef_search=4), 1, DIM)
+        for part in landmarks.split(chunk):
+            index.add([0], part[None])
+            index.search([0], queries[None, :1], 4)
+        index.wait()
+        found = [index.search([0], query[None, None], 4) for query in queries]
+        index.close()
+        return [part for pair in found for part in pair]
+
+    want = answers(700)
+    for chunk in (1, 16, 333):
+        assert all(torch.equal(a, b) for a, b in zip(want, answers(chunk), strict=True))
+
+
+def test_answers_do_not_depend_on_the_builders_speed(monkeypatch):
+    landmarks, queries = clustered(600), clustered(600, seed=3)
+
+    def answers() -> list[torch.Tensor]:
+        index = LandmarkIndex(IndexConfig(kind="hnsw", segment=64, ef_search=2), 1, DIM)
+        found = []
+        for i in range(0, 600, 8):
+            index.add([0], landmarks[None, i : i + 8])
+            found += [*index.search([0], queries[None, i : i + 1], 2)]
+        assert index.stats.kind == "hnsw"
+        index.close()
+        return found
+
+    want = answers()
+    build = Segment.build
+
+    def slowly(self, called_off):
+        time.sleep(0.01)
+        build(self, called_off)
+
+    monkeypatch.setattr(Segment, "build", slowly)
+    assert all(torch.equal(a, b) for a, b in zip(want, answers(), strict=True))
+
+
+@pytest.mark.parametrize("landmarks", [torch.zeros(1, 200, DIM), torch.ones(1, 200, DIM)])
+def test_equal_landmarks_are_all_found(landmarks):
+    index = LandmarkIndex(SMALL_HNSW, 1, DIM)
+    index.add([0], landmarks)
+    index.wait()
+    blocks, _ = index.search([0], torch.ones(1, 1, DIM), 200)
+    assert sorted(blocks.flatten().tolist()) == list(range(200))
+
+
+def test_unequal_streams():
+    index = LandmarkIndex(SMALL_HNSW, 3, DIM)
+    landmarks = clustered(300)
+    for stream, n in enumerate((300, 0, 70)):
+        index.add([stream], landmarks[None, :n])
+    index.wait()
+    blocks, scores = index.search([2, 1, 0], torch.randn(3, 2, DIM), 80)
+    assert (blocks[0] >= 0).sum() == 2 * 70
+    assert (blocks[1] == -1).all()
+    assert (scores[1] == -torch.inf).all()
+    assert (blocks[2] >= 0).all()
+
+
+# auto
+
+
+def test_auto_builds_what_single_queries_have_paid_for(monkeypatch):
+    monkeypatch.setattr(cost, "BUILD", 1e-3)
+    landmarks, query = torch.randn(8192, 128), torch.randn(1, 1, 128)
+    index = LandmarkIndex(IndexConfig(segment=4096, sample=0), 1, 128)
+    index.add([0], landmarks[None])
+    kinds = []
+    for _ in range(200):
+        index.search([0], query, 4)
+        kinds.append(index.stats.kind)
+    first = kinds.index("hnsw")
+    assert first > 1
+    assert set(kinds[first:]) == {"hnsw"}
+    again = LandmarkIndex(IndexConfig(segment=4096, sample=0), 1, 128)
+    again.add([0], landmarks[None])
+    for kind in kinds:
+        again.search([0], query, 4)
+        assert again.stats.kind == kind
+
+
+def test_auto_prefers_exact_for_few_landmarks_and_for_many_queries():
+    index = LandmarkIndex(IndexConfig(segment=1024), 1, 64)
+    index.add([0], torch.randn(1, 1024, 64))
+    index.wait()
+    assert index.kind_for(1) == "exact"
+    index.add([0], torch.randn(1, 15 * 1024, 64))
+    assert index.kind_for(1) == "exact"
+    index.wait()
+    assert index.kind_for(1) == "hnsw"
+    assert index.kind_for(512) == "exact"
+
+
+def test_a_fork_that_asks_for_segments_leaves_them_to_its_origin():
+    index = LandmarkIndex(IndexConfig(segment=4096), 1, DIM)
+    index.add([0], clustered(16384)[None])
+    fork = index.fork()
+    fork.wait()
+    fork.close()
+    began = time.perf_counter()
+    index.wait()
+    assert time.perf_counter() - began < 0.1
+    assert index.kind_for(1) == "hnsw"
+
+
+def test_kind_exact_never_builds():
+    index = LandmarkIndex(IndexConfig(kind="exact", segment=16), 1, DIM)
+    index.add([0], torch.randn(1, 20000, DIM))
+    index.wait()
+    index.search([0], torch.randn(1, 1, DIM), 4)
+    assert index.kind_for(1) == index.stats.kind == "exact"
+    assert index._builder._end is None
+
+
+def test_resume_answers_as_before():
+    config = IndexConfig(kind="hnsw", segment=64, ef_search=2)
+    index = LandmarkIndex(config, 2, DIM)
+    index.add([0], clustered(500)[None])
+    index.wait()
+    index.add([0], clustered(40, seed=5)[None])
+    index.add([1], clustered(90)[None])
+    queries = torch.randn(2, 1, DIM)
+    want = index.search([0, 1], queries, 8)
+    again = LandmarkIndex(config, 2, DIM)
+    for stream in range(2):
+        again.add([stream], index.landmarks(stream)[None])
+    again.resume(index.progress())
+    found = again.search([0, 1], queries, 8)
+    assert torch.equal(want[0], found[0])
+    assert torch.equal(want[1], found[1])
+    with pytest.raises(ValueError, match="more landmarks"):
+        LandmarkIndex(config, 2, DIM).resume(index.progress())
+    with pytest.raises(ValueError, match="2 streams, not 3"):
+        LandmarkIndex(config, 3, DIM).resume(index.progress())
+
+
+# forks
+
+
+@pytest.mark.parametrize("kind", ["exact", "hnsw"])
+def test_forks_do_not_see_each_other(kind):
+    config = IndexConfig(kind=kind, segment=64, ef_search=4096)
+    parent = LandmarkIndex(config, 1, DIM)
+    landmarks = [clustered(300).numpy()]
+    indexes = [parent]
+    parent.add([0], torch.from_numpy(landmarks[0])[None])
+    for step in range(12):
+        if step in (1, 4, 5):
+            indexes.append(indexes[step % len(indexes)].fork())
+            landmarks.append(landmarks[step % len(landmarks)])
+        for i, index in enumerate(indexes):
+            rows = clustered(20 + i, seed=100 * step + i).numpy()
+            index.add([0], torch.from_numpy(rows)[None])
+            landmarks[i] = np.concatenate([landmarks[i], rows])
+    for index, rows in zip(indexes, landmarks, strict=True):
+        index.wait()
+        queries = torch.randn(1, 2, DIM)
+        blocks, scores = index.search([0], queries, 12)
+        same(index, rows, queries[0].numpy(), 12, None, (blocks[0], scores[0]))
+        np.testing.assert_array_equal(index.landmarks(0).numpy(), rows)
+    indexes[0].close()
+    indexes[1].search([0], queries, 3)
+
+
+def test_a_fork_is_cheap():
+    index = LandmarkIndex(IndexConfig(kind="exact"), 4, 64)
+    index.add(slice(None), torch.randn(4, 32768, 64))
+    times = []
+    for _ in range(20):
+        began = time.perf_counter()
+        fork = index.fork()
+        fork.add([0, 1], torch.randn(2, 2, 64))
+        fork.close()
+        times.append(time.perf_counter() - began)
+    assert min(times) < 1e-3
+
+
+# the builder
+
+
+def test_a_failed_build_surfaces_at_the_next_call(monkeypatch):
+    index = LandmarkIndex(SMALL_HNSW, 1, DIM)
+    monkeypatch.setattr("kvstore.index.segment.stack", lambda views: 1 // 0)
+    index.add([0], clustered(64)[None])
+    deadline = time.monotonic() + 10
+    while not index._builder._failed and time.monotonic() < deadline:
+        time.sleep(0.001)
+    with pytest.raises(KVStoreError, match="could not be built: integer division"):
+        index.search([0], torch.randn(1, 1, DIM), 1)
+    with pytest.raises(KVStoreError, match="could not be built"):
+        index.wait()
+    monkeypatch.undo()
+    index.wait()
+    index.search([0], torch.randn(1, 1, DIM), 1)
+    assert index.stats.kind == "hnsw"
+    index.close()
+
+
+def test_closing_ends_the_thread_with_the_last_holder():
+    def running() -> int:
+        return sum(thread.name == "kvstore-index" for thread in threading.enumerate())
+
+    others = running()
+    index = LandmarkIndex(IndexConfig(kind="hnsw", segment=2048), 1, 64)
+    index.add([0], torch.randn(1, 8192, 64))
+    fork = index.fork()
+    index.close()
+    index.close()
+    assert running() == others + 1
+    began = time.perf_counter()
+    fork.close()
+    assert time.perf_counter() - began < 0.5
+    assert running() == others
+    for use in (index.wait, index.fork, lambda: index.search([0], torch.randn(1, 1, 64), 1)):
+        with pytest.raises(StoreClosedError):
+            use()
+
+
+def test_dropped_segments_are_not_built(monkeypatch):
+    built = builder.Builder()
+    hold = threading.Event()
+    views = [torch.randn(DIM, 64)]
+    stack = pages.stack
+    monkeypatch.setattr("kvstore.index.segment.stack", lambda v: hold.wait() and stack(v))
+    kept = [Segment(SMALL_HNSW, DIM, 0, 64, views) for _ in range(2)]
+    calls = []
+    build = Segment.build
+    monkeypatch.setattr(Segment, "build", lambda self, off: (calls.append(self), build(self, off)))
+    built.submit(kept[0])
+    dropped = Segment(SMALL_HNSW, DIM, 0, 64, views)
+    built.submit(dropped)
+    del dropped
+    built.submit(kept[1])
+    hold.set()
+    assert [segment.ready() for segment in kept] == calls
+    built.release()
+
+
+# bad input
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_is_refused(bad):
+    index = LandmarkIndex(IndexConfig(), 1, DIM)
+    rows = torch.randn(1, 3, DIM)
+    rows[0, 1, 2] = bad
+    with pytest.raises(ValueError, match="landmarks hold numbers that are not finite"):
+        index.add([0], rows)
+    assert index.length(0) == 0
+    with pytest.raises(ValueError, match="queries hold numbers that are not finite"):
+        index.search([0], rows, 1)
+    rows[:] = 3e38  # finite, though their sum is not
+    index.add([0], rows)
+
+
+def test_wrong_input_is_refused_in_one_line():
+    index = LandmarkIndex(IndexConfig(), 2, DIM)
+    rows = torch.randn(2, 3, DIM)
+    for call, words in [
+        (lambda: index.add([0], rows), r"landmarks have shape \(2, 3, 16\); expected \(1, n, 16\)"),
+        (lambda: index.add([0, 1], rows[0]), "landmarks have shape"),
+        (lambda: index.add([0, 1], rows[..., 1:]), "landmarks have shape"),
+        (lambda: index.add([0, 1], rows.long()), "expected a float dtype"),
+        (lambda: index.add([0, 2], rows), "stream 2 is not one of 0 to 1"),
+        (lambda: index.add([0, -1], rows), "stream -1 is not one of 0 to 1"),
+        (lambda: index.add([1, 1], rows), "name one twice"),
+        (lambda: index.search([0], rows, 1), "queries have shape"),
+        (lambda: index.search([0, 1], rows, 0), "k is 0"),
+        (lambda: index.search([0, 1], rows, 1, -1), "block numbers begin at 0"),
+        (lambda: index.search([0, 1], rows, 1, torch.tensor([1, 2])), "expected whole numbers"),
+        (lambda: index.search([0, 1], rows, 1, torch.rand(3)), "expected whole numbers"),
+        (lambda: LandmarkIndex(IndexConfig(), 0, 4), "at least 1"),
+        (lambda: LandmarkIndex(IndexConfig(), 1, 0), "at least 1"),
+        (lambda: index.length(2), "stream 2 is not"),
+    ]:
+        with pytest.raises(ValueError, match=words) as caught:
+            call()
+        assert "\n" not in str(caught.value)
+    assert index.stats.landmarks == 0
+
+
+def test_an_empty_index_finds_nothing():
+    for kind in ("exact", "hnsw", "auto"):
+        index = LandmarkIndex(IndexConfig(kind=kind), 2, DIM)
+        index.wait()
+        blocks, scores = index.search(slice(None), torch.randn(2, 3, DIM), 4)
+        assert (blocks == -1).all()
+        assert (scores == -torch.inf).all()
+        assert index.search([], torch.empty(0, 3, DIM), 4)[0].shape == (0, 3, 4)
+        assert index.search([0], torch.empty(1, 0, DIM), 4)[0].shape == (1, 0, 4)
+        assert index.stats.recall is None
+
+
+def test_other_float_dtypes_are_taken():
+    index = LandmarkIndex(IndexConfig(), 1, DIM)
+    rows = torch.randn(1, 5, DIM).bfloat16()
+    index.add([0], rows)
+    assert torch.equal(index.landmarks(0), rows[0].float())
+    assert index.search([0], rows[:, 2:3].double(), 1)[0].shape == (1, 1, 1)

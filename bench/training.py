@@ -1,0 +1,52 @@
+"""Draw a training run: loss, needles found, and the landmarks' margin, from its log.
+
+python -m bench.training runs/landmark/log.jsonl --plot docs/training.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+
+def main() -> None:
+    """Draw the curves; the last line is JSON: where the run ended."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("log", type=Path)
+    parser.add_argument("--plot", type=Path, default=Path("docs/training.png"))
+    a = parser.parse_args()
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    lines = [json.loads(line) for line in a.log.read_text().splitlines()]
+    examined = [line for line in lines if "margin" in line]
+    steps = [line["step"] for line in lines]
+    figure, (loss, found, margin) = plt.subplots(3, 1, figsize=(8, 9), sharex=True)
+    loss.plot(steps, [line["loss"] for line in lines], label="training loss, weighted, nats")
+    at = [line["step"] for line in examined]
+    loss.plot(at, [e["bits_per_byte_512"] for e in examined], "o-", label="validation bits/byte")
+    found.plot(at, [e["found_512"] for e in examined], "o-", label="512 bytes")
+    found.plot(at, [e["found_2048"] for e in examined], "o-", label="2,048 bytes")
+    found.set_ylabel("pass keys found")
+    for name in examined[-1]["margin"]:
+        margin.plot(at, [e["margin"][name]["mean"][-1] for e in examined], "o-", label=name)
+    margin.axhline(0, color="grey", lw=0.5)
+    margin.set_ylabel("mean margin against 2,048 blocks")
+    margin.set_xlabel("step")
+    for earlier, line in zip(lines, lines[1:], strict=False):
+        if earlier["length"] != line["length"]:
+            for axis in (loss, found, margin):
+                axis.axvline(earlier["step"], color="grey", lw=0.5, ls=":")
+            loss.annotate(f" {line['length']} B", (earlier["step"], loss.get_ylim()[1] * 0.9))
+    for axis in (loss, found, margin):
+        axis.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(a.plot, dpi=110)
+    print(json.dumps({"bench": "training", "plot": str(a.plot), "last": examined[-1]}))
+
+
+if __name__ == "__main__":
+    main()

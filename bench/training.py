@@ -6,6 +6,7 @@ python -m bench.training runs/landmark/log.jsonl --plot docs/training.png
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from pathlib import Path
 
@@ -36,7 +37,7 @@ def main() -> None:
     margin.axhline(0, color="grey", lw=0.5)
     margin.set_ylabel("mean margin against 2,048 blocks")
     margin.set_xlabel("step")
-    for earlier, line in zip(lines, lines[1:], strict=False):
+    for earlier, line in itertools.pairwise(lines):
         if earlier["length"] != line["length"]:
             for axis in (loss, found, margin):
                 axis.axvline(earlier["step"], color="grey", lw=0.5, ls=":")

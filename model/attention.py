@@ -36,13 +36,16 @@ def block_attention(
     k = keys.index_select(0, flat)  # [S * G * M, B, D]
     v = values.index_select(0, flat)
     rows = q.expand(*shape, *q.shape[-2:]).reshape(len(flat), *q.shape[-2:])
-    inside = _attend_few if rows.shape[1] <= FEW and k.device.type == "cpu" else _attend
+    few = rows.shape[1] <= FEW and k.device.type == "cpu" and k.shape == v.shape and len(flat)
+    inside = _attend_few if few else _attend
     inner, inner_lse = inside(rows, k, v)
     if gate is None:
-        gate = inner_lse.view(*shape, -1)
+        gate = inner_lse.view(*shape, q.shape[-2])
     gate = gate.masked_fill(absent[..., None], float("-inf"))
     logs = torch.cat((gate, local[1][:, :, None]), dim=2)  # [S, G, M + 1, R]
-    parts = torch.cat((inner.view(*shape, *inner.shape[1:]), local[0][:, :, None]), dim=2)
+    inner = inner.view(*shape, *inner.shape[1:])
+    inner = inner.masked_fill(absent[..., None, None], 0.0)  # an unfilled slot may hold NaN
+    parts = torch.cat((inner, local[0][:, :, None]), dim=2)
     weights = logs.softmax(dim=2)
     merged = (parts * weights[..., None]).sum(dim=2)
     return merged, logs.logsumexp(dim=2), weights[:, :, :-1]

@@ -1,0 +1,238 @@
+"""block_attention against plain full attention and against its own definition, pair by pair."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from model.attention import FEW, block_attention, window_attention
+
+shapes = st.fixed_dictionaries(
+    {
+        "streams": st.integers(1, 3),
+        "groups": st.integers(1, 3),
+        "pairs": st.integers(1, 5),
+        "rows": st.integers(1, FEW + 2),
+        "size": st.integers(1, 5),
+        "dim": st.integers(1, 6),
+        "out": st.integers(0, 6),  # 0: as many as dim
+        "tail": st.integers(1, 4),
+        "seed": st.integers(0, 2**31),
+    }
+)
+
+
+class Case:
+    """Random inputs, float64: every group's blocks lie at random slots of one slab."""
+
+    def __init__(
+        self,
+        streams: int = 2,
+        groups: int = 3,
+        pairs: int = 4,
+        rows: int = 2,
+        size: int = 3,
+        dim: int = 4,
+        out: int = 0,
+        tail: int = 3,
+        seed: int = 0,
+    ) -> None:
+        generator = torch.Generator().manual_seed(seed)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+        self.q = normal(streams, groups, rows, dim)
+        self.keys = normal(streams * groups * pairs + 3, size, dim)
+        out = out or dim
+        self.values = normal(streams * groups * pairs + 3, size, out)
+        order = torch.randperm(len(self.keys), generator=generator)
+        self.slots = order[: streams * groups * pairs].view(streams, groups, pairs)
+        self.gate = normal(streams, groups, pairs, rows)
+        self.k, self.v = normal(streams, groups, tail, dim), normal(streams, groups, tail, out)
+        self.seen = torch.rand(groups, rows, tail, generator=generator) < 0.6
+        self.seen[..., 0] = True
+        self.local = window_attention(self.scaled, self.k, self.v, self.seen)
+
+    @property
+    def scaled(self) -> Tensor:
+        return self.q * self.q.shape[-1] ** -0.5
+
+    def run(self, gate: Tensor | None, slots: Tensor | None = None) -> tuple[Tensor, ...]:
+        slots = self.slots if slots is None else slots
+        q = self.scaled[:, :, None]
+        return block_attention(q, self.keys, self.values, slots, gate, self.local)
+
+
+def gap(a: Tensor, b: Tensor) -> float:
+    assert a.shape == b.shape
+    return float((a - b).abs().max()) if a.numel() else 0.0
+
+
+def by_definition(
+    case: Case, q: Tensor, slots: Tensor, gate: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One pair at a time, with plain exponentials; q [S, G, M, R, D] not scaled."""
+    streams, groups, rows, dim = case.q.shape
+    pairs = slots.shape[-1]
+    out = torch.zeros(streams, groups, rows, case.values.shape[-1], dtype=torch.float64)
+    lse = torch.zeros(streams, groups, rows, dtype=torch.float64)
+    weights = torch.zeros(streams, groups, pairs, rows, dtype=torch.float64)
+    for s, g, r in torch.cartesian_prod(*(torch.arange(n) for n in case.q.shape[:3])).tolist():
+        total, sum_ = 0.0, torch.zeros(case.values.shape[-1], dtype=torch.float64)
+        for j in range(case.k.shape[2]):
+            if case.seen[g, r, j]:
+                e = math.exp(float(case.q[s, g, r] @ case.k[s, g, j]) / math.sqrt(dim))
+                total, sum_ = total + e, sum_ + e * case.v[s, g, j]
+        for m in range(pairs):
+            slot = int(slots[s, g, m])
+            if slot < 0:
+                continue
+            inside = torch.exp(case.keys[slot] @ q[s, g, m, r] / math.sqrt(dim))
+            e = float(inside.sum()) if gate is None else math.exp(float(gate[s, g, m, r]))
+            weights[s, g, m, r] = e
+            total, sum_ = total + e, sum_ + e * (inside / inside.sum()) @ case.values[slot]
+        out[s, g, r], lse[s, g, r] = sum_ / total, math.log(total)
+        weights[s, g, :, r] /= total
+    return out, lse, weights
+
+
+@settings(max_examples=40, deadline=None)
+@given(shape=shapes)
+def test_with_every_block_and_no_gate_it_is_full_attention(shape: dict[str, int]) -> None:
+    case = Case(**shape)
+    _, groups, pairs = case.slots.shape
+    out, lse, _ = case.run(None)
+    k = torch.cat((case.keys[case.slots].flatten(2, 3), case.k), dim=2)
+    v = torch.cat((case.values[case.slots].flatten(2, 3), case.v), dim=2)
+    past = torch.ones(groups, shape["rows"], pairs * shape["size"], dtype=torch.bool)
+    mask = torch.cat((past, case.seen), dim=-1)
+    assert gap(out, scaled_dot_product_attention(case.q, k, v, mask)) < 1e-12
+    scores = (case.scaled @ k.transpose(2, 3)).masked_fill(~mask, -math.inf)
+    assert gap(lse, scores.exp().sum(-1).log()) < 1e-12
+
+
+@settings(max_examples=40, deadline=None)
+@given(shape=shapes, gated=st.booleans(), holes=st.floats(0, 1))
+def test_it_follows_its_definition(shape: dict[str, int], gated: bool, holes: float) -> None:
+    """With a gate or none, queries placed apart for each pair, and absent blocks anywhere."""
+    case = Case(**shape)
+    generator = torch.Generator().manual_seed(shape["seed"])
+    gone = torch.rand(case.slots.shape, generator=generator) < holes
+    slots = case.slots.masked_fill(gone, -1)
+    placed = torch.randn(*slots.shape, *case.q.shape[-2:], generator=generator).double()
+    gate = case.gate if gated else None
+    scaled = placed * case.q.shape[-1] ** -0.5
+    got = block_attention(scaled, case.keys, case.values, slots, gate, case.local)
+    for mine, theirs in zip(by_definition(case, placed, slots, gate), got, strict=True):
+        assert gap(mine, theirs) < 1e-12
+
+
+def test_landmark_gate_gives_the_grouped_softmax() -> None:
+    """o = [sum_L e^s v + sum_b e^(q landmark) softmax_b(s) V_b] / [sum_L e^s + sum_b e^(...)]."""
+    case = Case()
+    marks = torch.randn(len(case.keys), 4, generator=torch.Generator().manual_seed(3)).double()
+    gate = torch.einsum("sgrd,sgmd->sgmr", case.scaled, marks[case.slots])
+    out, lse, weights = case.run(gate)
+    s = (case.scaled @ case.k.transpose(2, 3)).exp() * case.seen
+    inner = torch.einsum("sgrd,sgmjd->sgmrj", case.scaled, case.keys[case.slots]).exp()
+    inner = inner / inner.sum(-1, keepdim=True)
+    z = s.sum(-1) + gate.exp().sum(2)
+    over = s @ case.v + torch.einsum(
+        "sgmr,sgmrj,sgmjd->sgrd", gate.exp(), inner, case.values[case.slots]
+    )
+    assert gap(out, over / z[..., None]) < 1e-12
+    assert gap(lse, z.log()) < 1e-12
+    assert gap(weights, gate.exp() / z[:, :, None]) < 1e-12
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_weights_and_the_windows_weight_sum_to_one(gated: bool) -> None:
+    case = Case()
+    _, lse, weights = case.run(case.gate if gated else None)
+    window = (case.local[1] - lse).exp()
+    assert gap(weights.sum(2) + window, torch.ones_like(window)) < 1e-12
+    assert (weights > 0).all()
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("junk", [math.nan, math.inf])
+def test_absent_slots_are_ignored_whatever_the_slab_holds(gated: bool, junk: float) -> None:
+    """A slot that was never filled may hold anything, also what is not a number."""
+    case = Case()
+    case.slots = torch.where(case.slots == 0, len(case.keys) - 1, case.slots)
+    gate = case.gate if gated else None
+    slots = case.slots.clone()
+    slots[:, :, 1] = -1
+    slots[0, 1] = -1
+    expected = case.run(gate, slots)
+    case.keys[0], case.values[0] = junk, junk
+    got = case.run(gate, slots)
+    for a, b in zip(expected, got, strict=True):
+        assert torch.equal(a, b)
+    assert (got[2][:, :, 1] == 0).all()
+    assert torch.equal(got[0][0, 1], case.local[0][0, 1])
+    assert gap(got[1][0, 1], case.local[1][0, 1]) < 1e-12
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_without_blocks_the_window_is_left(gated: bool) -> None:
+    case = Case()
+    slots = case.slots[..., :0]
+    out, lse, weights = case.run(case.gate[:, :, :0] if gated else None, slots)
+    assert gap(out, case.local[0]) == 0
+    assert gap(lse, case.local[1]) == 0
+    assert weights.shape == (2, 3, 0, 2)
+
+
+def test_parts_merge_by_their_log_sum_exp() -> None:
+    """Attending to some blocks, and then to the rest with that as the window, is attending once."""
+    case = Case(pairs=5)
+    out, lse, _ = case.run(case.gate)
+    q = case.scaled[:, :, None]
+    some = case.run(case.gate[:, :, :2], case.slots[..., :2])
+    again = block_attention(
+        q, case.keys, case.values, case.slots[..., 2:], case.gate[:, :, 2:], some[:2]
+    )
+    assert gap(again[0], out) < 1e-12
+    assert gap(again[1], lse) < 1e-12
+
+
+@pytest.mark.parametrize("out", [4, 5])
+@pytest.mark.parametrize("rows", [1, FEW, FEW + 1])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_slab_may_be_narrower_than_the_queries(dtype: torch.dtype, rows: int, out: int) -> None:
+    """The answer has the queries' dtype, and the precision of the blocks'."""
+    case = Case(rows=rows, out=out)
+    case.keys, case.values = case.keys.to(dtype), case.values.to(dtype)
+    narrow = case.run(case.gate)
+    case.keys, case.values = case.keys.double(), case.values.double()
+    for a, b in zip(narrow, case.run(case.gate), strict=True):
+        assert a.dtype == torch.float64
+        assert gap(a, b) < 3 * torch.finfo(dtype).eps
+
+
+def test_large_scores_do_not_overflow() -> None:
+    case = Case()
+    case.q, case.gate = case.q * 1e4, case.gate * 1e4
+    case.local = window_attention(case.scaled, case.k, case.v, case.seen)
+    for gate in (None, case.gate):
+        for part in case.run(gate):
+            assert part.isfinite().all()
+
+
+@settings(max_examples=20, deadline=None)
+@given(shape=shapes)
+def test_window_is_masked_attention(shape: dict[str, int]) -> None:
+    case = Case(**shape)
+    out, lse = window_attention(case.scaled, case.k, case.v, case.seen)
+    mask = case.seen.expand(shape["streams"], -1, -1, -1)
+    assert gap(out, scaled_dot_product_attention(case.q, case.k, case.v, mask)) < 1e-12
+    scores = torch.einsum("sgrd,sgtd->sgrt", case.scaled, case.k)
+    assert gap(lse, (scores.exp() * mask).sum(-1).log()) < 1e-12

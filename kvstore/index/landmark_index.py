@@ -217,8 +217,33 @@ class LandmarkIndex:
         return self._pages.counts[self._number(stream)]
 
     def landmarks(self, stream: int) -> torch.Tensor:
-        """Return a copy of a stream's landmarks, float32 [n, dim]."""
+        """Return a stream's landmarks, float32 [n, dim]: a view, or a copy after a fork."""
         return self._pages.tensor(self._number(stream))
+
+    def gather(self, streams: slice | Sequence[int], blocks: torch.Tensor) -> torch.Tensor:
+        """Return the landmarks float32 [s, ..., dim] of blocks int64 [s, ...] of s streams.
+
+        Where a block is -1 the landmark is not defined; KeyError for one that does not exist.
+        """
+        self._check()
+        rows = self._numbers(streams)
+        if blocks.dtype != torch.int64 or not blocks.dim() or len(blocks) != len(rows):
+            raise ValueError(
+                f"blocks are {blocks.dtype} of shape {tuple(blocks.shape)}; "
+                f"expected int64 ({len(rows)}, ...)"
+            )
+        out = torch.empty(*blocks.shape, self.dim, device=self.device)
+        if not blocks.numel():
+            return out
+        flat = blocks.reshape(len(rows), -1)
+        lowest, highest = torch.aminmax(flat, dim=1)
+        for stream, low, high in zip(rows, lowest.tolist(), highest.tolist(), strict=True):
+            if low < -1 or high >= self._pages.counts[stream]:
+                raise KeyError(f"stream {stream} has no block {high if low >= -1 else low}")
+        flat = flat.to(self.device).clamp(min=0)
+        for i, stream in enumerate(rows):
+            self._pages.gather(stream, flat[i], out[i].view(-1, self.dim))
+        return out
 
     def kind_for(self, m: int, k: int = 1, stream: int = 0) -> Kind:
         """Return what would answer m queries at once now; changes nothing."""

@@ -2,14 +2,15 @@
 
 Owns the landmarks' memory. Never searches.
 
-A landmark is written once and never moves: growing adds a page instead of copying what is there,
-and a fork sees the same pages up to its own counts. Only the one that made a page writes to it, so
-both sides of a fork go on without seeing each other's landmarks.
+A fork sees the same pages up to its own counts, and what it appends goes to a page of its own. Only
+the one that made a page writes to it, and nobody writes twice to the same place, so both sides of
+a fork go on without seeing each other's landmarks. A page that is full is replaced by a larger
+copy; a fork keeps the one it knows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -23,8 +24,8 @@ bit; a matmul's last odd columns go through another kernel and differ in the las
 therefore a context that was forked, or closed and reopened, gives the same answers.
 """
 
-FIRST_PAGE = 1024
-"""Landmarks of a stream that the first page holds."""
+SMALLEST = 1024
+"""Landmarks of a stream that a page has room for at least."""
 
 
 class Page:
@@ -40,11 +41,6 @@ class Page:
         self.data = torch.empty(len(base), dim, size + LANES, device=device)
         self.streams = list(self.data.unbind(0))
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes allocated."""
-        return self.data.nbytes
-
 
 class LandmarkPages:
     """Landmarks of `streams` streams, numbered 0, 1, 2, ... in each."""
@@ -54,52 +50,63 @@ class LandmarkPages:
         self.device = device
         self.counts = [0] * streams
         self._pages: list[Page] = []
-        self._own = 0  # the pages from here on are ours to write to
-        self._next = [0] * streams  # where the next page begins, in each stream
+        self._own = False  # the last page is ours to write to
 
     def fork(self) -> LandmarkPages:
         """Return pages with the same landmarks; neither side sees what the other appends."""
         fork = LandmarkPages(len(self.counts), self.dim, self.device)
         fork.counts = list(self.counts)
         fork._pages = list(self._pages)
-        fork._own = len(self._pages)
-        fork._next = list(self.counts)
         return fork
 
     def append(self, stream: int, rows: torch.Tensor) -> None:
         """Append rows [n, dim] float32 to one stream."""
-        count, total = self.counts[stream], len(rows)
-        done = 0
-        while done < total:
-            page = self._page_at(stream, count + done)
-            column = count + done - page.base[stream]
-            some = min(total - done, page.size - column)
-            page.streams[stream][:, column : column + some] = rows[done : done + some].T
-            done += some
-        self.counts[stream] = count + total
+        if not len(rows):
+            return
+        count = self.counts[stream]
+        page = self._room(stream, count + len(rows))
+        column = count - page.base[stream]
+        page.streams[stream][:, column : column + len(rows)] = rows.T
+        self.counts[stream] = count + len(rows)
 
-    def _page_at(self, stream: int, number: int) -> Page:
-        while number >= self._next[stream]:
-            own = sum(page.size for page in self._pages[self._own :])
-            # Half as much again: eleven pages at 32,768 landmarks, at most a third of them empty.
-            size = max(FIRST_PAGE, own // 2 // LANES * LANES)
-            self._pages.append(Page(list(self._next), size, self.dim, self.device))
-            self._next = [start + size for start in self._next]
-        return next(p for p in reversed(self._pages) if p.base[stream] <= number)
+    def _room(self, stream: int, stop: int) -> Page:
+        """Return a page of ours that has room for landmarks of a stream up to stop."""
+        if self._own and stop - self._pages[-1].base[stream] <= self._pages[-1].size:
+            return self._pages[-1]
+        keep = len(self._pages) - self._own
+        base = list(self._pages[-1].base if self._own else self.counts)
+        # Small pages before it are copied too, so that a fork of a fork of a fork has few pages.
+        while keep:
+            length = max(b - a for a, b in zip(self._pages[keep - 1].base, base, strict=True))
+            own = max(c - b for c, b in zip(self.counts, base, strict=True))
+            if length > SMALLEST + 2 * own:
+                break
+            keep -= 1
+            base = list(self._pages[keep].base)
+        need = max(stop - base[stream], *(c - b for c, b in zip(self.counts, base, strict=True)))
+        size = -(-max(SMALLEST, need + need // 2) // LANES) * LANES
+        page = Page(base, size, self.dim, self.device)
+        for s, count in enumerate(self.counts):
+            for number, old, column, width in self.spans(s, base[s], count):
+                to = number - base[s]
+                page.streams[s][:, to : to + width] = old.streams[s][:, column : column + width]
+        self._pages[keep:] = [page]
+        self._own = True
+        return page
 
-    def spans(self, stream: int, start: int, stop: int) -> Iterator[tuple[int, Page, int, int]]:
-        """Yield (number, page, column, width) for landmarks start..stop, in order, without gaps."""
-        end = self.counts[stream] if stop > self.counts[stream] else stop
+    def spans(self, stream: int, start: int, stop: int) -> list[tuple[int, Page, int, int]]:
+        """Return (number, page, column, width) that cover landmarks start..stop, in order."""
+        end = min(stop, self.counts[stream])
         found = []
         for page in reversed(self._pages):
+            if end <= start:
+                break
             base = page.base[stream]
             if base < end:
                 number = base if base > start else start
                 found.append((number, page, number - base, end - number))
                 end = number
-                if number == start:
-                    break
-        return reversed(found)
+        return found[::-1]
 
     def rows(self, stream: int, start: int, stop: int) -> list[torch.Tensor]:
         """Return views [dim, n] of landmarks start..stop; landmarks once written never change."""
@@ -109,16 +116,31 @@ class LandmarkPages:
         ]
 
     def tensor(self, stream: int) -> torch.Tensor:
-        """Return a copy of a stream's landmarks [n, dim]."""
+        """Return a stream's landmarks [n, dim]; a view where one page holds them all."""
         views = self.rows(stream, 0, self.counts[stream])
         if not views:
             return torch.empty(0, self.dim, device=self.device)
-        return torch.cat(views, dim=1).T.contiguous()
+        return (views[0] if len(views) == 1 else torch.cat(views, dim=1)).T
+
+    def gather(self, stream: int, numbers: torch.Tensor, out: torch.Tensor) -> None:
+        """Copy landmarks, numbers int64 [n], which exist, to out [n, dim]."""
+        for page in self._pages:
+            columns = numbers - page.base[stream]
+            if page is self._pages[0]:
+                # Those of later pages are overwritten in their turn.
+                last = page.data.shape[-1] - 1
+                out.copy_(page.streams[stream].index_select(1, columns.clamp(max=last)).T)
+            else:
+                here = (columns >= 0).nonzero().squeeze(1)
+                found = page.streams[stream].index_select(
+                    1, columns[here].clamp(max=page.data.shape[-1] - 1)
+                )
+                out[here] = found.T
 
     @property
     def nbytes(self) -> int:
         """Bytes allocated for the pages, those shared with a fork included."""
-        return sum(page.nbytes for page in self._pages)
+        return sum(page.data.nbytes for page in self._pages)
 
 
 def stack(views: Sequence[torch.Tensor]) -> NDArray[np.float32]:

@@ -93,6 +93,9 @@ def test_exact_is_numpy(data):
     for s in range(streams):
         assert index.length(s) == len(landmarks[s])
         np.testing.assert_array_equal(index.landmarks(s).numpy(), landmarks[s])
+        found = index.gather([s], blocks[s : s + 1])[0]
+        real = blocks[s] >= 0
+        np.testing.assert_array_equal(found.numpy()[real], landmarks[s][blocks[s].numpy()[real]])
         same(index, landmarks[s], queries[s], k, bounds, (blocks[s], scores[s]))
 
 
@@ -133,7 +136,37 @@ def test_scores_do_not_depend_on_pages_or_forks():
         assert torch.equal(a[1], b[1])
 
 
-def test_growing_does_not_move_landmarks():
+def test_gather():
+    index = LandmarkIndex(IndexConfig(), 3, DIM)
+    rows = torch.randn(3, 3000, DIM)
+    index.add(slice(None), rows[:, :2000])
+    fork = index.fork()
+    fork.add(slice(None), rows[:, 2000:])
+    blocks = torch.randint(0, 3000, (2, 4, 7))
+    found = fork.gather([2, 0], blocks)
+    assert torch.equal(found[0], rows[2][blocks[0]])
+    assert torch.equal(found[1], rows[0][blocks[1]])
+    assert fork.gather([], blocks[:0]).shape == (0, 4, 7, DIM)
+    with pytest.raises(KeyError, match="stream 1 has no block 2000"):
+        index.gather([1], torch.tensor([[3, 2000]]))
+    with pytest.raises(KeyError, match="stream 1 has no block -2"):
+        index.gather([1], torch.tensor([[-2, 2]]))
+    with pytest.raises(ValueError, match="expected int64"):
+        index.gather([1], torch.tensor([[1.0]]))
+
+
+def test_forks_of_forks_have_few_pages():
+    index = LandmarkIndex(IndexConfig(kind="exact"), 2, DIM)
+    index.add([0, 1], clustered(4000).expand(2, -1, -1))
+    for _ in range(60):
+        index = index.fork()
+        index.add([1], torch.randn(1, 100, DIM))
+    assert len(index._pages._pages) < 6
+    assert index.length(0) == 4000
+    assert index.length(1) == 10000
+
+
+def test_growing_wastes_less_than_half():
     index = LandmarkIndex(IndexConfig(kind="exact"), 2, DIM)
     for _ in range(200):
         index.add([0, 1], torch.randn(2, 16, DIM))

@@ -93,9 +93,9 @@ def test_exact_is_numpy(data):
     for s in range(streams):
         assert index.length(s) == len(landmarks[s])
         np.testing.assert_array_equal(index.landmarks(s).numpy(), landmarks[s])
-        found = index.gather([s], blocks[s : s + 1])[0]
-        real = blocks[s] >= 0
-        np.testing.assert_array_equal(found.numpy()[real], landmarks[s][blocks[s].numpy()[real]])
+        real = blocks[s][blocks[s] >= 0]
+        found = index.gather([s], real[None])[0]
+        np.testing.assert_array_equal(found.numpy(), landmarks[s][real.numpy()])
         same(index, landmarks[s], queries[s], k, bounds, (blocks[s], scores[s]))
 
 

@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UsageError as error:
         return _fail(name, f"error: {error}", 2)
     except (KVStoreError, MemoryError) as error:
-        return _fail(name, f"error: {error or 'not enough memory'}", 1)
+        return _fail(name, f"error: {str(error) or 'not enough memory'}", 1)
     except BrokenPipeError:
         # The reader of stdout has gone; Python would complain once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -150,7 +149,7 @@ def bar(part: float, whole: float, width: int = BAR) -> str:
     """Draw part of whole as a bar of `width` characters, in eighths of a character."""
     share = min(max(part / whole, 0.0), 1.0) if whole else 0.0
     eighths = round(share * width * 8)
-    if part and not eighths:
+    if share and not eighths:
         eighths = 1  # a little is not nothing
     full, rest = divmod(eighths, 8)
     return ("█" * full + (" ▏▎▍▌▋▊▉"[rest] if rest else "")).ljust(width)
@@ -171,8 +170,3 @@ def _bytes(nbytes: int) -> str:
     from kvstore.config import format_size
 
     return format_size(nbytes)
-
-
-def tier_of(found: dict[str, Any], capacity: int, used: int, blocks: int) -> Tier:
-    """Join one tier of a stats snapshot with what the tier holds now."""
-    return Tier(capacity, used, blocks, **found)

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from types import TracebackType
 
 import torch
@@ -77,12 +78,8 @@ class Session:
 
     def fills(self) -> dict[str, float]:
         """How full each tier is, 0 to 1."""
-        tiers = self._store.stats.snapshot()["tiers"]
-        return {
-            name: t["used_bytes"] / t["capacity_bytes"]
-            for name, t in tiers.items()
-            if t["capacity_bytes"]
-        }
+        usage = self._store.usage()
+        return {n: t.used_bytes / t.capacity_bytes for n, t in usage.items() if t.capacity_bytes}
 
     def read(self, text: bytes, progress: Callable[[int], None]) -> None:
         """Read a text; tell after each piece how many tokens of it are read."""
@@ -93,15 +90,21 @@ class Session:
 
     def ask(self, prompt: str) -> Iterator[bytes]:
         """Yield the answer byte by byte. Prompt and answer leave the reading as it is."""
+        answer = self._answer(prompt)
+        # Whoever stops reading half way leaves a fork open, which must end before the store does.
+        self._open.callback(answer.close)
+        return answer
+
+    def _answer(self, prompt: str) -> Generator[bytes, None, None]:
         self._stream.reads.clear()
-        return generate(self._stream, prompt, self._sampling)
+        yield from generate(self._stream, prompt, self._sampling)
 
     def report(self, answer: str, expected: str | None, correct: bool | None) -> Report:
         """Sum up what was read, and the answer to the last prompt."""
         self._memory.sample()
         figures = self._store.stats.snapshot()
-        tiers = figures["tiers"]
-        index = self._stream.context.index.stats
+        usage = self._store.usage()
+        on_disk = usage["cold"]
         decode = [seconds for tokens, seconds in self._stream.reads[1:] if tokens == 1]
         sealed = self._stream.position // self._spec.block_size * self._streams
         return Report(
@@ -114,19 +117,17 @@ class Session:
             decode_ms_per_token=1e3 * sum(decode) / len(decode) if decode else None,
             peak_memory_bytes=self._memory.peak_bytes,
             cache_bytes=sealed * self._spec.nbytes,
-            tiers={name: Tier(**tiers[name]) for name in ("hot", "warm", "cold")},
+            tiers={
+                name: Tier(**asdict(usage[name]), **counted)
+                for name, counted in figures["tiers"].items()
+            },
             lookups=figures["lookups"],
             not_found=figures["not_found"],
             prefetch=figures["prefetch"],
-            index=Index(
-                kind=index.kind,
-                landmarks=index.landmarks,
-                bytes=index.bytes,
-                queries=index.queries,
-                mean_query_us=index.mean_query_us,
-                recall=index.recall,
+            index=Index(**asdict(self._stream.context.index.stats)),
+            compression_ratio=(
+                on_disk.blocks * self._spec.nbytes / on_disk.used_bytes if on_disk.blocks else None
             ),
-            compression_ratio=figures["compression_ratio"],
         )
 
     def __enter__(self) -> Session:

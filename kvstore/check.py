@@ -5,80 +5,84 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
+from kvstore.mover import Mover
 from kvstore.occupancy import Occupancy
-from kvstore.residency import Ids, Residency
+from kvstore.residency import Ids
 from kvstore.tiers.slots import Slots
 
+_NONE = np.empty(0, np.int64)
 
-def check_tables(
-    residency: Residency,
-    hot: Occupancy,
-    warm: Occupancy,
-    *,
-    writes: Sequence[tuple[Ids, Slots]],
-    reads: Sequence[Ids],
-    disk: bool,
-    live: int,
-    unsaved: int,
-    condemned: int,
-    queued: Ids,
+
+def check_mover(
+    mover: Mover,
+    writing: Sequence[tuple[Ids, Slots]],
+    waiting: Ids | None,
+    reading: Sequence[Ids],
 ) -> None:
-    """Raise AssertionError where a store's tables contradict one another.
+    """Raise AssertionError where tables contradict one another.
 
-    writes: ids and warm slots of each batch being written. reads: ids of each batch being read
-    ahead. live, unsaved, condemned: the store's counts. queued: ids waiting to be written.
+    writing: ids and warm slots of each batch being written. waiting: ids in line for that, None
+    where nobody writes behind. reading: ids of each batch being read ahead.
     """
-    for name, tier, table in (("hot", hot, residency.hot), ("warm", warm, residency.warm)):
-        ids = np.flatnonzero(table >= 0)
-        assert (table < tier.slots).all(), f"{name}: a slot beyond the tier"
-        assert (tier.block[table[ids]] == ids).all(), f"{name}: the tables differ"
-        slots = np.flatnonzero(tier.block >= 0)
-        assert len(slots) == len(ids), f"{name}: {len(slots)} slots hold {len(ids)} blocks"
-        free = tier._free[: tier.free_count]
-        assert len(np.unique(free)) == len(free), f"{name}: a slot is free twice"
-        assert (tier.block[free] < 0).all(), f"{name}: a free slot holds a block"
-        assert not tier.pinned[free].any(), f"{name}: a free slot is pinned"
-        assert (tier.pinned == (tier.pins > 0)).all(), f"{name}: pins differ"
-        assert (tier.pins >= 0).all(), f"{name}: unpinned once too often"
-        neither = tier.slots - tier.free_count - len(slots)
-        leaving = np.count_nonzero((tier.block < 0) & tier.pinned)
-        assert neither == leaving, f"{name}: {neither} slots are neither free nor taken"
-        ordered = np.sort(tier.policy.peek(tier.slots, np.zeros(tier.slots, bool)))
-        expected = np.flatnonzero((tier.block >= 0) & ~tier.spare)
-        assert np.array_equal(ordered, expected), f"{name}: the policy orders other slots"
-
+    residency, hot, warm = mover.residency, mover.hot, mover.warm
+    _check_tier("hot", hot, residency.hot)
+    _check_tier("warm", warm, residency.warm)
     assert not hot.spare.any(), "hot: a spare copy"
     assert not hot.sole.any(), "hot: marked as having no copy on disk"
     assert (hot.block[hot.early] >= 0).all(), "hot: an empty slot came early"
+    assert mover.early == hot.early.sum(), "hot: early is miscounted"
     slots = np.flatnonzero(warm.block >= 0)
     blocks = warm.block[slots]
-    assert (warm.spare[slots] == (residency.hot[blocks] >= 0)).all(), "warm: spare is wrong"
-    assert (warm.sole[slots] == (residency.cold[blocks] < 0)).all(), "warm: sole is wrong"
+    assert np.array_equal(warm.spare[slots], residency.hot[blocks] >= 0), "warm: spare is wrong"
+    assert np.array_equal(warm.sole[slots], residency.cold[blocks] < 0), "warm: sole is wrong"
     pins = np.zeros(warm.slots, np.int64)
-    for _, written in writes:
+    for _, written in writing:
         pins[written] += 1
-    assert (warm.pins == pins).all(), "warm: pinned, but not being written"
+    assert np.array_equal(warm.pins, pins), "warm: pinned, but not being written"
     assert pins.max(initial=0) <= 1, "warm: a block is being written twice"
 
     present = residency.present()
-    assert len(present) == live, f"{len(present)} blocks lie in a tier, {live} are counted"
-    idle = np.concatenate([np.empty(0, np.int64), *residency._recycled])
+    assert len(present) == mover.live, f"{len(present)} blocks have a place, not {mover.live}"
+    idle = residency.idle()
     assert len(np.unique(idle)) == len(idle), "an id is free twice"
-    deleted = sum(int((warm.block[at] != ids).sum()) for ids, at in writes)
-    assert deleted == condemned, f"{deleted} were deleted while written, {condemned} are counted"
-    total = live + len(idle) + condemned
-    assert total == residency._next, f"{total} ids are accounted for of {residency._next}"
     assert not np.isin(idle, present).any(), "the id of a block is free"
-    reading = np.concatenate([np.empty(0, np.int64), *reads])
-    assert np.array_equal(np.flatnonzero(residency.reading), np.sort(reading)), "reading is wrong"
+    removed = sum(int((warm.block[at] != ids).sum()) for ids, at in writing)
+    total = mover.live + len(idle) + removed
+    assert total == residency.issued, f"{total} ids are accounted for of {residency.issued}"
+    on_the_way = np.sort(np.concatenate([_NONE, *reading]))
+    assert np.array_equal(np.flatnonzero(residency.reading), on_the_way), "reading is wrong"
 
-    if disk:
-        without = present[residency.cold[present] < 0]
-        assert len(without) == unsaved, f"{len(without)} blocks unsaved, {unsaved} counted"
-        assert unsaved + condemned <= warm.slots, "more blocks are unsaved than warm could hold"
-        writing = np.concatenate([np.empty(0, np.int64), *(ids for ids, _ in writes)])
-        assert np.isin(without, np.concatenate((queued, writing))).all(), "nobody will write it"
-    else:
+    if mover.disk is None:
         assert (residency.cold < 0).all(), "on disk, without a disk tier"
-        assert live <= hot.slots + warm.slots
+        assert mover.live <= hot.slots + warm.slots, "more blocks than slots"
+        return
+    saved = residency.cold >= 0
+    assert not writing or mover.disk.block_count >= saved.sum()
+    assert writing or mover.disk.block_count == saved.sum(), "on disk and in no table"
+    unsaved = present[~saved[present]]
+    assert len(unsaved) == mover.unsaved, f"{len(unsaved)} unsaved, not {mover.unsaved}"
+    if waiting is not None:
+        will_be = np.concatenate([waiting, *(ids for ids, _ in writing)])
+        assert np.isin(unsaved, will_be).all(), "nobody will write it"
+
+
+def _check_tier(name: str, tier: Occupancy, table: NDArray[np.int32]) -> None:
+    ids = np.flatnonzero(table >= 0)
+    assert (table < tier.slots).all(), f"{name}: a slot beyond the tier"
+    assert np.array_equal(tier.block[table[ids]], ids), f"{name}: the tables differ"
+    held = tier.block >= 0
+    assert held.sum() == len(ids), f"{name}: {held.sum()} slots hold {len(ids)} blocks"
+    free = tier.free
+    assert len(np.unique(free)) == len(free), f"{name}: a slot is free twice"
+    assert not held[free].any(), f"{name}: a free slot holds a block"
+    assert not tier.pinned[free].any(), f"{name}: a free slot is pinned"
+    assert np.array_equal(tier.pinned, tier.pins > 0), f"{name}: pins differ"
+    assert (tier.pins >= 0).all(), f"{name}: unpinned once too often"
+    lost = ~held & ~tier.pinned
+    lost[free] = False
+    assert not lost.any(), f"{name}: slots {np.flatnonzero(lost)} are neither free nor taken"
+    order = np.sort(tier.policy.peek(tier.slots, np.zeros(tier.slots, bool)))
+    expected = np.flatnonzero(held & ~tier.spare)
+    assert np.array_equal(order, expected), f"{name}: the policy orders other slots"

@@ -45,6 +45,11 @@ class Occupancy:
         """Slots that are not free."""
         return self.slots - self.free_count
 
+    @property
+    def free(self) -> Slots:
+        """The free slots; a view."""
+        return self._free[: self.free_count]
+
     def take_free(self, n: int) -> Slots:
         """At most n free slots, no longer free."""
         n = min(n, self.free_count)

@@ -69,6 +69,15 @@ class Residency:
             idle[taken] = False
         self._recycled = [ids[idle]]
 
+    @property
+    def issued(self) -> int:
+        """How many different ids were ever given out."""
+        return self._next
+
+    def idle(self) -> Ids:
+        """The ids that were given out and name no block now."""
+        return np.concatenate([np.empty(0, np.int64), *self._recycled])
+
     def present(self) -> Ids:
         """The ids of all blocks, ascending."""
         return np.flatnonzero((self.hot >= 0) | (self.warm >= 0) | (self.cold >= 0))

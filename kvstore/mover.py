@@ -1,0 +1,401 @@
+"""The movement of blocks between tiers. The only file that copies blocks and changes tables.
+
+Owns the order in which the two happen. Where a block lies is residency's, what a slot holds
+occupancy's, the bytes are the tiers'. Never decides when to move: store, writer and prefetch do.
+
+The rules of movement:
+
+- A new block goes to hot. A promotion to hot leaves the copy in warm, first in line to be
+  reclaimed. A block that leaves hot goes to warm unless it has a copy there; one that leaves warm
+  has a copy on disk, or else it may not leave.
+- A block is *unsaved* while it has no copy on disk. With a disk tier there are never more unsaved
+  blocks than warm has slots, so each has a place in memory besides hot: a fetch finds room in hot
+  whatever the disk does, and never waits for a write. The price is paid by `put`, which waits.
+- Without a disk tier hot and warm hold each block once between them; where both are full a fetch
+  lets blocks change places.
+- Copy first, drop second: a table names a slot only after the bytes are there, and stops naming it
+  before they are overwritten. The rest follows from the tables and can be rebuilt, so a move that
+  is cut short (Ctrl-C, a device that fails) leaves the store as it was or as it was going to be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kvstore.block import BlockSpec
+from kvstore.config import StoreConfig
+from kvstore.occupancy import Occupancy
+from kvstore.recorder import Recorder
+from kvstore.residency import Ids, Residency
+from kvstore.stats import StoreStats
+from kvstore.tiers.cuda import CudaSlotTier
+from kvstore.tiers.disk import DiskTier
+from kvstore.tiers.slots import Buffer, Rows, Slots, SlotTier, copy_slots, rows_of
+from kvstore.trace import Tier
+
+_NONE = np.empty(0, np.int64)
+
+# Small enough for a core's second-level cache, large enough for a call a plane to cost little.
+_HOP_BYTES = 512 * 1024
+# On CUDA a hop is one transfer, and those want megabytes.
+_CUDA_HOP_BYTES = 4 * 1024 * 1024
+
+
+class Mover:
+    """The three tiers of a store and all that moves in them.
+
+    disk: None where there is no cold tier. Counters go to `stats`, evictions to `recorder`.
+
+    live: blocks stored. unsaved: those without a copy on disk, where there is a disk. early: blocks
+    in hot that were prefetched and not looked up yet.
+    """
+
+    def __init__(
+        self,
+        spec: BlockSpec,
+        config: StoreConfig,
+        disk: DiskTier | None,
+        stats: StoreStats,
+        recorder: Recorder,
+    ) -> None:
+        self.spec = spec
+        self.disk = disk
+        self.residency = Residency()
+        self.hot = Occupancy(config.hot // spec.nbytes, config.policy)
+        self.warm = Occupancy(config.warm // spec.nbytes, config.policy)
+        device = config.torch_device
+        cuda = device.type == "cuda"
+        self.hot_slab: SlotTier = (
+            CudaSlotTier(spec, self.hot.slots, device) if cuda else SlotTier(spec, self.hot.slots)
+        )
+        self.warm_slab = SlotTier(spec, self.warm.slots, pinned=cuda)
+        hop_blocks = max(1, (_CUDA_HOP_BYTES if cuda else _HOP_BYTES) // spec.nbytes)
+        self._hops = [Buffer(spec, hop_blocks, pinned=cuda) for _ in range(2)]
+        # Half of staging; the other half belongs to those who write behind and read ahead.
+        self._staging = Buffer(spec, max(1, config.staging // 2 // spec.nbytes), pinned=cuda)
+        self._stats = stats
+        self._recorder = recorder
+        self.live = 0
+        self.unsaved = 0
+        self.early = 0
+        if disk is not None:
+            ids, locations = disk.scan()
+            self.residency.restore(ids, locations)
+            self.live = len(ids)
+
+    def room(self) -> int:
+        """Hot slots that are not pinned: so many blocks can be brought up or added."""
+        return self.hot.slots - int(np.count_nonzero(self.hot.pinned))
+
+    # Up, into hot.
+
+    def add(self, ids: Ids, planes: Sequence[torch.Tensor]) -> None:
+        """Place new blocks in hot, for which there is room.
+
+        planes: per plane [n, *shape].
+        """
+        slots, stuck = self._make_hot_room(len(ids))
+        assert not len(stuck), "every block has a place beside hot"
+        self.hot_slab.place(slots, planes)
+        self._arrive(ids, slots)
+        self.live += len(ids)
+        if self.disk is not None:
+            self.unsaved += len(ids)
+
+    def add_through(self, ids: Ids, planes: Sequence[torch.Tensor]) -> int:
+        """Write new blocks to disk and place them in hot, as many as staging holds.
+
+        For a store without warm slots. Returns how many; KVStoreError where they cannot be written,
+        and then none is stored.
+        """
+        assert self.disk is not None
+        n = min(len(ids), self._staging.blocks)
+        ids, planes = ids[:n], [plane[:n] for plane in planes]
+        self.residency.cold[ids] = self.disk.write(ids, rows_of(self.spec, planes))
+        self.live += n
+        self._stats.cold.bytes_in += n * self.spec.nbytes
+        slots, stuck = self._make_hot_room(n)
+        assert not len(stuck), "every block is on disk"
+        self.hot_slab.place(slots, planes)
+        self._arrive(ids, slots)
+        return n
+
+    def bring_up(self, ids: Ids) -> Iterator[Slots]:
+        """Copy blocks to hot from warm and disk; there is room for all beside what is pinned.
+
+        Yields hot slots, part by part; the caller pins them before it goes on. CorruptBlockError
+        where a block on disk is damaged; what came before it is in place.
+        """
+        in_warm = self.residency.warm[ids] >= 0
+        if in_warm.any():
+            yield self.promote(ids[in_warm])
+        cold = ids[~in_warm]
+        for start in range(0, len(cold), self._staging.blocks):
+            part = cold[start : start + self._staging.blocks]
+            assert self.disk is not None
+            rows = self._staging.rows(len(part))
+            self.disk.read(part, self.residency.cold[part], rows)
+            yield self.land(part, rows, self._staging)
+
+    def land(self, ids: Ids, rows: Rows, buffer: Buffer) -> Slots:
+        """Place blocks that were read from disk in hot, for which there is room.
+
+        rows: per plane [n, bytes], at the beginning of `buffer`. Returns hot slots [n].
+        """
+        slots, stuck = self._make_hot_room(len(ids))
+        assert not len(stuck), "every block has a place beside hot"
+        buffer.lend(self.hot_slab.scatter(slots, rows))
+        self._arrive(ids, slots)
+        self._stats.hot.promotions += len(ids)
+        self._stats.cold.bytes_out += len(ids) * self.spec.nbytes
+        return slots
+
+    def promote(self, ids: Ids) -> Slots:
+        """Copy blocks from warm to hot, for which there is room. Returns hot slots [n]."""
+        sources = self.residency.warm[ids].astype(np.int64)
+        # Out of the order now, so that making room does not choose them.
+        self.warm.policy.release(sources)
+        free, stuck = self._make_hot_room(len(ids))
+        swapped = len(stuck)
+        if swapped:
+            self._exchange(ids[:swapped], sources[:swapped], stuck)
+        left = sources[swapped:]
+        copy_slots(self.warm_slab, left, self.hot_slab, free, self._hops)
+        self.warm.spare[left] = True
+        slots = np.concatenate((stuck, free))
+        self._arrive(ids, slots)
+        self._stats.hot.promotions += len(ids)
+        self._stats.warm.bytes_out += len(ids) * self.spec.nbytes
+        return slots
+
+    def _arrive(self, ids: Ids, slots: Slots) -> None:
+        """Let the tables say that blocks are in hot slots now, in this order."""
+        self.hot.block[slots] = ids
+        self.residency.hot[ids] = slots
+        self.hot.policy.admit(slots)
+        self._stats.hot.bytes_in += len(ids) * self.spec.nbytes
+
+    # Down, out of hot and out of warm.
+
+    def _make_hot_room(self, n: int) -> tuple[Slots, Slots]:
+        """Empty n hot slots; the caller knows that so many are not pinned.
+
+        Returns empty slots, and those that could not be emptied because their blocks have no other
+        copy and no room in warm. Both have left the eviction order.
+        """
+        free = self.hot.take_free(n)
+        if len(free) == n:
+            return free, _NONE
+        victims = self.hot.victims(n - len(free), self.hot.pinned)
+        assert len(victims) == n - len(free), "more room was promised than there is"
+        stuck = self._evict(victims)
+        return np.concatenate((free, victims[~stuck])), victims[stuck]
+
+    def _evict(self, victims: Slots) -> NDArray[np.bool_]:
+        """Empty hot slots. Returns which of them could not be: bool, like victims."""
+        residency, hot, warm = self.residency, self.hot, self.warm
+        ids = hot.block[victims]
+        self._waste_early(victims)
+        below = residency.warm[ids]
+        spare = below >= 0
+        warm.spare[below[spare]] = False
+        saved = ~spare & (residency.cold[ids] >= 0)
+        sole = ~(spare | saved)
+        # A copy on disk would do, but a block that was wanted in hot is soon wanted again: dropping
+        # it here left warm as it was after the last put, and cost 1.6 times (Zipf) to 5 times
+        # (a drifting working set) the reads from disk.
+        lowered = self._lower(ids[sole], victims[sole]) + self._lower(ids[saved], victims[saved])
+        stuck = sole & (residency.warm[ids] < 0)
+        gone = ids[~stuck]
+        places = residency.warm[gone]
+        warm.policy.admit(places[places >= 0].astype(np.int64))
+        residency.hot[gone] = -1
+        hot.block[victims[~stuck]] = -1
+        self._stats.hot.demotions += lowered
+        self._stats.hot.evictions += len(gone) - lowered
+        self._recorder.note("evict", gone, Tier.HOT)
+        return stuck
+
+    def _lower(self, ids: Ids, slots: Slots) -> int:
+        """Copy blocks from hot slots to warm, the first of them, as far as room can be made.
+
+        Returns how many. Their warm slots are not in the eviction order yet.
+        """
+        if not len(ids):
+            return 0
+        room = self._make_warm_room(len(ids))
+        ids, slots = ids[: len(room)], slots[: len(room)]
+        copy_slots(self.hot_slab, slots, self.warm_slab, room, self._hops)
+        self.warm.block[room] = ids
+        self.warm.sole[room] = self.residency.cold[ids] < 0
+        self.residency.warm[ids] = room
+        nbytes = len(ids) * self.spec.nbytes
+        self._stats.hot.bytes_out += nbytes
+        self._stats.warm.bytes_in += nbytes
+        return len(ids)
+
+    def _make_warm_room(self, n: int) -> Slots:
+        """Take at most n warm slots: free ones, then spare copies, then the policy's victims among
+        those with a copy on disk."""
+        warm = self.warm
+        slots = warm.take_free(n)
+        if len(slots) < n:
+            dropped = np.flatnonzero(warm.spare & ~warm.pinned)[: n - len(slots)]
+            lacking = n - len(slots) - len(dropped)
+            if lacking and self.disk is not None:
+                dropped = np.concatenate((dropped, warm.victims(lacking, warm.sole)))
+            ids = warm.block[dropped]
+            self.residency.warm[ids] = -1
+            warm.block[dropped] = -1
+            warm.spare[dropped] = False
+            warm.sole[dropped] = False
+            slots = np.concatenate((slots, dropped))
+            self._stats.warm.evictions += len(ids)
+            self._recorder.note("evict", ids, Tier.WARM)
+        return slots
+
+    def _exchange(self, ids: Ids, warm_slots: Slots, hot_slots: Slots) -> None:
+        """Let blocks in warm change places with blocks in hot, where neither tier has room."""
+        residency, hot, warm = self.residency, self.hot, self.warm
+        step = self._hops[0].blocks
+        for start in range(0, len(ids), step):
+            rising = ids[start : start + step]
+            low, high = warm_slots[start : start + step], hot_slots[start : start + step]
+            sinking = hot.block[high]
+            up, down = (hop.rows(len(rising)) for hop in self._hops)
+            self.warm_slab.gather(low, up)
+            self.hot_slab.gather(high, down)
+            try:
+                self.warm_slab.scatter(low, down)
+                self._hops[0].lend(self.hot_slab.scatter(high, up))
+                residency.warm[rising], residency.hot[sinking] = -1, -1
+                residency.warm[sinking], residency.hot[rising] = low, high
+            except BaseException:
+                # Both lie in the buffers, so there is a way back from every point.
+                self.warm_slab.scatter(low, up)
+                self._hops[1].lend(self.hot_slab.scatter(high, down))
+                residency.warm[sinking], residency.hot[rising] = -1, -1
+                residency.warm[rising], residency.hot[sinking] = low, high
+                raise
+            warm.block[low] = sinking
+            warm.sole[low] = residency.cold[sinking] < 0
+            warm.policy.admit(low)
+            nbytes = len(rising) * self.spec.nbytes
+            self._stats.hot.bytes_out += nbytes
+            self._stats.warm.bytes_in += nbytes
+            self._stats.hot.demotions += len(rising)
+            self._recorder.note("evict", sinking, Tier.HOT)
+
+    # On to disk, by way of warm.
+
+    def lower_copies(self, ids: Ids) -> NDArray[np.bool_]:
+        """Give blocks a copy in warm that have none, as far as there is room.
+
+        Returns which of them have one now: bool, like ids.
+        """
+        only_hot = self.residency.warm[ids] < 0
+        if only_hot.any():
+            high = ids[only_hot]
+            self._lower(high, self.residency.hot[high].astype(np.int64))
+            slots = self.residency.warm[high]
+            self.warm.spare[slots[slots >= 0]] = True
+        has_copy: NDArray[np.bool_] = self.residency.warm[ids] >= 0
+        return has_copy
+
+    def save(self, ids: Ids, slots: Slots, locations: NDArray[np.int64]) -> None:
+        """Let the tables say that blocks in these warm slots have been written to disk."""
+        self.unsaved -= int(np.count_nonzero(self.residency.cold[ids] < 0))
+        self.residency.cold[ids] = locations
+        self.warm.sole[slots] = False
+
+    # Out of the store.
+
+    def remove(self, ids: Ids) -> None:
+        """Forget distinct blocks that are not pinned in hot.
+
+        A warm slot that is pinned, because it is being written, stays without a block, and its id
+        is not given out again, until `release` is called for it.
+        """
+        residency, hot, warm = self.residency, self.hot, self.warm
+        if self.disk is not None:
+            locations = residency.cold[ids]
+            self.disk.delete(locations[locations >= 0])
+            self.unsaved -= int(np.count_nonzero(locations < 0))
+        self.live -= len(ids)
+        residency.cold[ids] = -1
+        high = residency.hot[ids]
+        high = high[high >= 0].astype(np.int64)
+        residency.hot[ids] = -1
+        self._waste_early(high)
+        hot.policy.release(high)
+        hot.give_back(high)
+        held = residency.warm[ids] >= 0
+        low = residency.warm[ids[held]].astype(np.int64)
+        residency.warm[ids] = -1
+        warm.policy.release(low[~warm.spare[low]])
+        pinned = warm.pinned[low]
+        warm.block[low[pinned]] = -1
+        warm.spare[low[pinned]] = False
+        warm.sole[low[pinned]] = False
+        warm.give_back(low[~pinned])
+        held[held] = pinned
+        residency.recycle(ids[~held])
+
+    def release(self, ids: Ids, slots: Slots) -> None:
+        """Give back warm slots, no longer pinned, of blocks that were removed meanwhile."""
+        self.warm.give_back(slots)
+        self.residency.recycle(ids)
+
+    def mark_early(self, slots: Slots) -> None:
+        """Note that blocks in these hot slots came by a prefetch."""
+        self.hot.early[slots] = True
+        self.early += len(slots)
+
+    def use_early(self, slots: Slots) -> None:
+        """Count those in these hot slots that came by a prefetch: they have been looked up."""
+        if self.early:
+            self._stats.prefetch.used += self._unmark_early(slots)
+
+    def _waste_early(self, slots: Slots) -> None:
+        if self.early:
+            self._stats.prefetch.wasted += self._unmark_early(slots)
+
+    def _unmark_early(self, slots: Slots) -> int:
+        marked = int(np.count_nonzero(self.hot.early[slots]))
+        if marked:
+            self.hot.early[slots] = False
+            self.early -= marked
+        return marked
+
+    # After a move was cut short.
+
+    def rebuild(self, writing: Iterable[tuple[Ids, Slots]]) -> None:
+        """Derive everything else from residency's tables. The orders of eviction start over.
+
+        writing: ids and warm slots of the batches being written.
+        """
+        residency, hot, warm = self.residency, self.hot, self.warm
+        warm.pins[:] = 0
+        for _, slots in writing:
+            warm.pins[slots] += 1
+        for tier, table in ((hot, residency.hot), (warm, residency.warm)):
+            ids = np.flatnonzero(table >= 0)
+            tier.rebuild(ids, table[ids])
+        in_hot = np.flatnonzero(hot.block >= 0)
+        in_warm = np.flatnonzero(warm.block >= 0)
+        warm.spare[in_warm] = residency.hot[warm.block[in_warm]] >= 0
+        warm.sole[in_warm] = residency.cold[warm.block[in_warm]] < 0
+        hot.policy.admit(in_hot)
+        warm.policy.admit(in_warm[~warm.spare[in_warm]])
+        residency.reclaim(taken=np.concatenate([_NONE, *(ids for ids, _ in writing)]))
+        present = residency.present()
+        self.live = len(present)
+        if self.disk is not None:
+            self.unsaved = int(np.count_nonzero(residency.cold[present] < 0))
+        # What was cut short had been counted as neither, or as both.
+        self._stats.prefetch.wasted += self.early - int(hot.early.sum())
+        self.early = int(hot.early.sum())

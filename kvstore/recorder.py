@@ -1,0 +1,29 @@
+"""The store's side of a trace. Owns what failed in recording, so that it never stops a move."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from kvstore.errors import WriteFailedError
+from kvstore.trace import TraceWriter
+
+EventName = Literal["put", "fetch", "prefetch", "weigh", "evict", "delete"]
+
+
+class Recorder:
+    """Hands events to a trace, if there is one.
+
+    failure: why recording stopped, for the store to raise when no move is under way.
+    """
+
+    def __init__(self, trace: TraceWriter | None) -> None:
+        self._trace = trace
+        self.failure: WriteFailedError | None = None
+
+    def note(self, event: EventName, *said: Any) -> None:
+        """Record an event; what is said are the arguments of TraceWriter's method of that name."""
+        if self._trace is not None:
+            try:
+                getattr(self._trace, event)(*said)
+            except WriteFailedError as error:
+                self.failure = error

@@ -1,0 +1,418 @@
+"""The codec: a block's planes <-> its frame, the checked, compressed bytes that go to disk. Pure.
+
+Owns the frame format (docs/format.md) and is the only file that imports zstandard. It never opens
+a file and knows nothing of tiers.
+"""
+
+from __future__ import annotations
+
+import struct
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+import zstandard
+
+from kvstore.block import BlockSpec
+from kvstore.errors import CorruptBlockError
+
+FORMAT_VERSION = 1
+
+Frame = bytes | memoryview
+Bytes2D = npt.NDArray[np.uint8]
+Ids = npt.NDArray[np.int64]
+
+_MAGIC = b"KVBF"
+_CODEC_PLANES_ZSTD = 1
+_WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+_CHECKSUM_END = 8
+_ID_END = 16
+
+# Near enough Huffman coding alone: bytes of one significance have a skewed histogram but hardly a
+# repetition, and level 1's search for short matches costs 2.5x the encoding time, 1.7x the decoding
+# time and 10% of the size (bench/codec.py). Matches of 7 bytes still fold constant stretches.
+_COMPRESSION = zstandard.ZstdCompressionParameters(
+    strategy=zstandard.STRATEGY_FAST,
+    window_log=17,
+    hash_log=6,
+    chain_log=6,
+    search_log=1,
+    min_match=7,
+    target_length=0,
+    write_content_size=1,
+    write_checksum=0,
+    write_dict_id=0,
+)
+
+# One call into zstd for so many bytes of blocks: it costs 15 us to begin, but what it made should
+# still be in the second-level cache when its bytes are merged.
+_GROUP_BYTES = 1 << 20
+
+# A unit that does not shrink by a 32nd on a few probed blocks is not given to the compressor.
+_WORTH = 32
+_PROBES = 4
+
+# Of the zstd format (RFC 8878): the magic number, a descriptor that says "one segment, its size in
+# 4 bytes", and the most that one of its blocks may hold.
+_ZSTD_HEADER = zstandard.FRAME_HEADER + b"\xa0"
+_ZSTD_BLOCK = 1 << 17
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """The bytes of one significance of all planes, coded with one table.
+
+    depth: 0 for the most significant byte of each element, where the exponents are.
+    spans: (plane, its first column, its last column + 1) for each plane that has such a byte.
+    """
+
+    depth: int
+    spans: tuple[tuple[int, int, int], ...]
+    nbytes: int
+
+
+class Codec:
+    """Turns blocks of one specification into frames and back, many at a time, bit for bit.
+
+    Any number of threads may use one codec at once; zstd, numpy and the hashing of large frames
+    run without the GIL.
+    """
+
+    def __init__(self, spec: BlockSpec) -> None:
+        for plane in spec.planes:
+            if plane.dtype.is_complex or plane.dtype.itemsize not in _WORDS:
+                raise ValueError(
+                    f"plane {plane.name!r} has dtype {plane.dtype}: it cannot be stored"
+                )
+        if spec.nbytes >= 1 << 31:
+            raise ValueError(f"a block has {spec.nbytes} B: a frame holds less than 2 GiB")
+        self.spec = spec
+        self.description = " ".join(
+            f"{plane.name}:{str(plane.dtype).removeprefix('torch.')}"
+            f"[{','.join(str(n) for n in plane.shape)}]"
+            for plane in spec.planes
+        )
+        self._sizes = [plane.nbytes for plane in spec.planes]
+        self._words = [_WORDS[plane.dtype.itemsize] for plane in spec.planes]
+        self._units = _units(spec)
+        self._places = _places(spec, self._units)
+        # What every frame of this specification has in common, compared as a whole.
+        self._common = (
+            _MAGIC
+            + struct.pack("<HH", FORMAT_VERSION, _CODEC_PLANES_ZSTD)
+            + xxhash.xxh3_64_intdigest(self.description.encode()).to_bytes(8, "little")
+            + struct.pack("<I", spec.nbytes)
+        )
+        self._common_bytes = np.frombuffer(self._common, np.uint8)
+        self._common_end = _ID_END + len(self._common)
+        self.header_nbytes = self._common_end + 4
+        self._group = max(1, _GROUP_BYTES // spec.nbytes)
+        self._local = threading.local()
+
+    def encode(self, ids: Ids, planes: Sequence[Bytes2D]) -> list[bytes]:
+        """Return one frame a block.
+
+        ids: int64 [n], each >= 0. planes: one uint8 [n, plane.nbytes] a plane, rows contiguous.
+        """
+        self._check_arrays(ids, planes)
+        only_top = len(ids) > 0 and self._only_top_compresses(planes)
+        frames: list[bytes] = []
+        for start in range(0, len(ids), self._group):
+            group = slice(start, start + self._group)
+            units = self._split([plane[group] for plane in planes])
+            payloads = self._splice(units) if only_top else self._stream(units)
+            frames += self._assemble(ids[group], payloads)
+        return frames
+
+    def decode(
+        self,
+        ids: Ids,
+        frames: Sequence[Frame],
+        out: Sequence[Bytes2D],
+        rows: npt.NDArray[np.int64] | None = None,
+    ) -> None:
+        """Verify every frame and write its block's planes into `out`.
+
+        ids: int64 [n], whose frames these must be. out: one uint8 [m, plane.nbytes] a plane, rows
+        contiguous. rows: int64 [n], the row of `out` for each block; without it m is n, in order.
+        A damaged frame, one of another block or of another specification raises
+        CorruptBlockError naming the block; what its rows hold then is undefined.
+        """
+        self._check_arrays(ids, out, rows)
+        if len(frames) != len(ids):
+            raise ValueError(f"{len(ids)} ids for {len(frames)} frames")
+        words = [plane.view(word) for plane, word in zip(out, self._words, strict=True)]
+        views = [memoryview(frame) for frame in frames]
+        expected = self._checked_headers(ids, views)
+        for start in range(0, len(ids), self._group):
+            group = slice(start, start + self._group)
+            # Just before they are decompressed: this brings the frames into the cache.
+            found = [xxhash.xxh3_64_intdigest(view[_CHECKSUM_END:]) for view in views[group]]
+            if found != expected[group]:
+                raise self._damaged(ids[group], views[group])
+            payloads = [view[self.header_nbytes :] for view in views[group]]
+            blocks = self._decompress(ids[group], payloads)
+            self._merge(blocks, words, group if rows is None else rows[group])
+
+    def _check_arrays(
+        self,
+        ids: Ids,
+        planes: Sequence[Bytes2D],
+        rows: npt.NDArray[np.int64] | None = None,
+    ) -> None:
+        if ids.dtype != np.int64 or ids.ndim != 1:
+            raise ValueError(f"ids are {ids.dtype} {ids.shape}: int64 [n] is needed")
+        if rows is None:
+            count = len(ids)
+        elif rows.shape == ids.shape:
+            count = len(planes[0]) if planes else 0
+        else:
+            raise ValueError(f"{len(ids)} ids for {len(rows)} rows")
+        shapes = [(count, size) for size in self._sizes]
+        if [plane.shape for plane in planes] != shapes or any(
+            plane.dtype != np.uint8 for plane in planes
+        ):
+            given = ", ".join(f"{plane.dtype} {plane.shape}" for plane in planes)
+            raise ValueError(f"planes are {given}: uint8 {shapes} are needed")
+
+    # Writing
+
+    def _split(self, planes: Sequence[Bytes2D]) -> list[Bytes2D]:
+        """Split elements into bytes by significance: uint8 [n, unit.nbytes] a unit."""
+        words = [plane.view(word) for plane, word in zip(planes, self._words, strict=True)]
+        units = []
+        for unit in self._units:
+            rows = self._scratch(("unit", unit.depth), (len(planes[0]), unit.nbytes))
+            for plane, first, last in unit.spans:
+                shift = 8 * (words[plane].itemsize - 1 - unit.depth)
+                target = rows[:, first:last]
+                if shift:
+                    np.right_shift(words[plane], shift, out=target, casting="unsafe")
+                else:
+                    np.copyto(target, words[plane], casting="unsafe")
+            units.append(rows)
+        return units
+
+    def _only_top_compresses(self, planes: Sequence[Bytes2D]) -> bool:
+        """Say, from a few blocks, whether the lower bytes are noise, as those of mantissas are."""
+        step = -(-len(planes[0]) // _PROBES)
+        for unit in self._split([plane[::step] for plane in planes])[:-1]:
+            stored = sum(len(part) for part in self._compress(unit))
+            if stored < unit.size - unit.size // _WORTH:
+                return False
+        return True
+
+    def _compress(self, unit: Bytes2D) -> list[memoryview]:
+        """Compress each row into a zstd frame."""
+        count, nbytes = unit.shape
+        spans = np.empty((count, 2), np.uint64)
+        spans[:, 0] = np.arange(count, dtype=np.uint64) * np.uint64(nbytes)
+        spans[:, 1] = nbytes
+        rows = zstandard.BufferWithSegments(unit.data, spans.tobytes())
+        packed = self._compressor().multi_compress_to_buffer(rows, threads=1)
+        return list(map(memoryview, packed))
+
+    def _splice(self, units: list[Bytes2D]) -> list[list[Frame]]:
+        """Compress the top unit alone and put the others before it, in the same zstd frame, raw.
+
+        A zstd frame is a header and blocks. Raw blocks change nothing of a decoder's state, so
+        the blocks of a frame made apart may follow them. Each payload is a list of pieces.
+        """
+        header = _ZSTD_HEADER + struct.pack("<I", self.spec.nbytes)
+        pieces: list[list[Frame]] = [[header] for _ in range(len(units[0]))]
+        for unit in units[:-1]:
+            for start in range(0, unit.shape[1], _ZSTD_BLOCK):
+                part = unit[:, start : start + _ZSTD_BLOCK]
+                block_header = (part.shape[1] << 3).to_bytes(3, "little")
+                for payload, row in zip(pieces, part, strict=True):
+                    payload += (block_header, row.data)
+        for payload, frame in zip(pieces, self._compress(units[-1]), strict=True):
+            payload.append(frame[zstandard.frame_header_size(frame) :])
+        return pieces
+
+    def _stream(self, units: list[Bytes2D]) -> list[list[Frame]]:
+        """Compress all units of each block into one zstd frame, each with tables of its own."""
+        payloads: list[list[Frame]] = []
+        for rows in zip(*units, strict=True):
+            stream = self._compressor().compressobj(size=self.spec.nbytes)
+            pieces: list[Frame] = []
+            for row in rows:
+                pieces.append(stream.compress(row.data))
+                pieces.append(stream.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK))
+            pieces.append(stream.flush())
+            payloads.append(pieces)
+        return payloads
+
+    def _assemble(self, ids: Ids, payloads: list[list[Frame]]) -> list[bytes]:
+        """Put a header in front of each payload and bind all of it into the checksum."""
+        sizes = [sum(map(len, payload)) for payload in payloads]
+        frames = []
+        for block, size, payload in zip(ids.tolist(), sizes, payloads, strict=True):
+            head = struct.pack("<q", block) + self._common + struct.pack("<I", size)
+            body = b"".join((head, *payload))
+            frames.append(xxhash.xxh3_64_intdigest(body).to_bytes(8, "little") + body)
+        return frames
+
+    # Reading
+
+    def _checked_headers(self, ids: Ids, views: list[memoryview]) -> list[int]:
+        """Check all that the headers say, at once, and return the checksums they promise."""
+        size = self.header_nbytes
+        joined = b"".join([view[:size] for view in views])
+        if len(joined) != size * len(views):
+            raise self._damaged(ids, views)
+        heads = np.frombuffer(joined, np.uint8).reshape(len(views), size)
+        lengths = np.array([len(view) for view in views], np.int64) - size
+        wanted = np.empty_like(heads)
+        wanted[:, :_CHECKSUM_END] = heads[:, :_CHECKSUM_END]
+        wanted[:, _CHECKSUM_END:_ID_END] = _bytes(ids, "<i8")
+        wanted[:, _ID_END : self._common_end] = self._common_bytes
+        wanted[:, self._common_end :] = _bytes(lengths, "<u4")
+        if not np.array_equal(heads, wanted):
+            raise self._damaged(ids, views)
+        promised: list[int] = heads[:, :_CHECKSUM_END].copy().view("<u8")[:, 0].tolist()
+        return promised
+
+    def _damaged(self, ids: Ids, views: list[memoryview]) -> CorruptBlockError:
+        """Find the first frame that was refused and say what is wrong with it."""
+        for block, view in zip(ids.tolist(), views, strict=True):
+            reason = self._fault(block, bytes(view))
+            if reason:
+                return CorruptBlockError(f"block {block} is damaged on disk: {reason}")
+        raise AssertionError("the frames were refused together but pass one by one")
+
+    def _fault(self, block: int, frame: bytes) -> str | None:
+        if len(frame) < self.header_nbytes:
+            return f"its frame is cut short at {len(frame)} B"
+        if int.from_bytes(frame[:8], "little") != xxhash.xxh3_64_intdigest(frame[8:]):
+            return "its checksum does not match"
+        found = int.from_bytes(frame[8:16], "little", signed=True)
+        if found != block:
+            return f"its place holds the frame of block {found}"
+        if frame[16:22] != self._common[:6]:
+            return f"its frame is not of format version {FORMAT_VERSION}"
+        if frame[16 : self._common_end] != self._common:
+            return f"its frame is not of the planes {self.description}"
+        size = int.from_bytes(frame[self._common_end : self.header_nbytes], "little")
+        if size != len(frame) - self.header_nbytes:
+            return "its size is not what it says"
+        return None
+
+    def _decompress(self, ids: Ids, payloads: list[memoryview]) -> Bytes2D:
+        """Return all units of every block, uint8 [n, spec.nbytes]."""
+        count, nbytes = len(payloads), self.spec.nbytes
+        # The sizes come from the specification, never from the frame: that bounds the allocation.
+        sizes = np.full(count, nbytes, np.uint64).tobytes()
+        try:
+            segments = self._decompressor().multi_decompress_to_buffer(
+                payloads, decompressed_sizes=sizes, threads=1
+            )
+        except zstandard.ZstdError as error:
+            if count > 1:
+                for row in range(count):
+                    self._decompress(ids[row : row + 1], payloads[row : row + 1])
+            raise CorruptBlockError(f"block {ids[0]} is damaged on disk: {error}") from None
+        first, last = (np.frombuffer(segments[row], np.uint8) for row in (0, count - 1))
+        if _address(last) - _address(first) != (count - 1) * nbytes:
+            return np.frombuffer(b"".join(list(segments)), np.uint8).reshape(count, nbytes)
+        # The segments lie end to end in one buffer, which each of them keeps alive: joining them
+        # would copy it for nothing, a tenth of the decoding time.
+        return np.lib.stride_tricks.as_strided(first, (count, nbytes), (nbytes, 1))
+
+    def _merge(
+        self,
+        blocks: Bytes2D,
+        out: list[npt.NDArray[Any]],
+        place: slice | npt.NDArray[np.int64],
+    ) -> None:
+        """Put the bytes of all significances together again, most significant first.
+
+        blocks: uint8 [n, spec.nbytes], unit after unit. out: the planes as words [m, elements].
+        """
+        for plane, target in enumerate(out):
+            parts = [blocks[:, first : first + size] for first, size in self._places[plane]]
+            if len(parts) == 1:
+                target[place] = parts[0]
+                continue
+            if isinstance(place, slice):
+                words = target[place]
+            else:
+                # Scattered rows are stored to once, when they are whole.
+                words = self._scratch(
+                    ("words", plane), (len(blocks), target.shape[1]), target.dtype
+                )
+            # Times 256 and not shifted by 8: numpy widens and multiplies in one go.
+            np.multiply(parts[0], 256, out=words, dtype=words.dtype)
+            for part in parts[1:-1]:
+                np.bitwise_or(words, part, out=words)
+                np.left_shift(words, 8, out=words)
+            np.bitwise_or(words, parts[-1], out=words)
+            if not isinstance(place, slice):
+                target[place] = words
+
+    # What each thread has for itself: zstd contexts are not safe to share.
+
+    def _compressor(self) -> zstandard.ZstdCompressor:
+        if not hasattr(self._local, "compressor"):
+            self._local.compressor = zstandard.ZstdCompressor(compression_params=_COMPRESSION)
+        return self._local.compressor
+
+    def _decompressor(self) -> zstandard.ZstdDecompressor:
+        if not hasattr(self._local, "decompressor"):
+            self._local.decompressor = zstandard.ZstdDecompressor()
+        return self._local.decompressor
+
+    def _scratch(
+        self, use: tuple[str, int], shape: tuple[int, int], dtype: npt.DTypeLike = np.uint8
+    ) -> npt.NDArray[Any]:
+        """Return this thread's array for a use; fresh large arrays would fault page by page."""
+        if not hasattr(self._local, "arrays"):
+            self._local.arrays = {}
+        arrays: dict[tuple[str, int], npt.NDArray[Any]] = self._local.arrays
+        held = arrays.get(use)
+        if held is None or len(held) < shape[0]:
+            held = arrays[use] = np.empty(shape, dtype)
+        return held[: shape[0]]
+
+
+def _units(spec: BlockSpec) -> tuple[_Unit, ...]:
+    """Plan the units, least significant first, so that the one that compresses best comes last."""
+    units = []
+    for depth in reversed(range(max(plane.dtype.itemsize for plane in spec.planes))):
+        spans = []
+        column = 0
+        for index, plane in enumerate(spec.planes):
+            if plane.dtype.itemsize > depth:
+                elements = plane.nbytes // plane.dtype.itemsize
+                spans.append((index, column, column + elements))
+                column += elements
+        units.append(_Unit(depth, tuple(spans), column))
+    return tuple(units)
+
+
+def _places(spec: BlockSpec, units: tuple[_Unit, ...]) -> list[list[tuple[int, int]]]:
+    """Say where each plane's bytes lie in a decompressed block, most significant first.
+
+    One (first byte, bytes) for each byte of the plane's elements.
+    """
+    places: list[list[tuple[int, int]]] = [[] for _ in spec.planes]
+    start = 0
+    for unit in units:
+        for plane, first, last in unit.spans:
+            places[plane].insert(0, (start + first, last - first))
+        start += unit.nbytes
+    return places
+
+
+def _bytes(column: npt.NDArray[np.int64], dtype: str) -> Bytes2D:
+    """Lay one field of many headers out as they hold it, uint8 [n, its bytes]."""
+    return column.astype(dtype)[:, None].view(np.uint8)
+
+
+def _address(array: Bytes2D) -> int:
+    address: int = array.__array_interface__["data"][0]
+    return address

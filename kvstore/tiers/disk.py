@@ -1,0 +1,642 @@
+"""The cold tier: frames in an LMDB file of bounded size.
+
+Owns the file, its packs and records (docs/format.md), and is the only file that imports lmdb. It
+never decides what is stored or dropped, and keeps no table from block to place: its owner does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import stat
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import lmdb
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from kvstore.block import BlockSpec
+from kvstore.codec import Bytes2D, Codec, Ids
+from kvstore.errors import CorruptBlockError, StoreClosedError, StoreFullError, WriteFailedError
+
+FORMAT_VERSION = 1
+
+Locations = npt.NDArray[np.int64]
+
+# A value of LMDB fills whole pages: a 5 KiB frame alone would take 8 KiB. Frames written together
+# share a value of at least this size, and lose half a page in sixteen.
+_PACK_BYTES = 1 << 16
+_INDEX_BITS = 16
+
+_FORMAT_KEY = b"format"
+_COUNTERS_KEY = b"counters"
+_TABLES = (b"packs", b"directory", b"records")
+_LONGEST_KEY = 500  # LMDB's own limit is 511 B
+
+# In a pack's directory: a block that was deleted, and one whose bytes are gone too.
+_DEAD = -1
+_GONE = -2
+
+# Pages that writes leave alone, so that a full tier can still delete and reclaim: both copy pages
+# before they free any. One page in 256 more, for LMDB's own list of free pages at its longest.
+_RESERVED_PAGES = 64
+_MOST_PACKS, _LEAST_PACKS = 1024, 8  # deleted in one transaction
+_RECLAIMED_PAGES = 16  # copied in one transaction
+
+# How long to wait before a change that found no free pages is tried again, and how large its packs
+# are then: free pages may be enough and yet not lie side by side.
+_ATTEMPTS = (
+    (0.0, _PACK_BYTES),
+    (0.0, _PACK_BYTES),
+    (0.002, _PACK_BYTES),
+    (0.01, _PACK_BYTES // 4),
+    (0.05, 1),
+)
+
+
+_Change = Callable[[lmdb.Transaction], None]
+
+
+class _NoRoom(Exception):
+    """A change would use pages that are kept for deleting."""
+
+
+class DiskTier:
+    """Blocks of one specification on disk, compressed and checked, within `capacity_bytes`.
+
+    `read` may be called on any thread at any time. `write`, `delete` and `put_meta` may too, and
+    wait for each other. A location is an int64: the number of a pack << 16 | the place in it;
+    numbers of packs are never used again.
+    """
+
+    def __init__(
+        self,
+        directory: Path | str,
+        spec: BlockSpec,
+        capacity_bytes: int,
+        *,
+        durable: bool = False,
+    ) -> None:
+        """Open the tier in `directory`, made if it is not there.
+
+        capacity_bytes: what its files may take together, at every moment. durable: each write is
+        on the disk when it returns; without it, when `sync` has, and a loss of power before that
+        may lose the whole file. Raises ValueError where the directory cannot be used, belongs to
+        another process, or holds another format or specification, or where `capacity_bytes` is too
+        small; CorruptBlockError where the file is damaged.
+        """
+        self._codec = Codec(spec)
+        self.directory = Path(directory)
+        self.capacity_bytes = int(capacity_bytes)
+        self._page = os.sysconf("SC_PAGE_SIZE")
+        self._pid = os.getpid()
+        self._changing = threading.Lock()
+        self._idle = threading.Condition()
+        self._operations = 0
+        self._closed = False
+        self._loose: set[int] | None = None  # packs with deleted blocks in them, once known
+        self._check_capacity()
+        self._hold = _hold_directory(self.directory)
+        try:
+            self._open(durable)
+        except BaseException:
+            os.close(self._hold)
+            raise
+
+    # Blocks
+
+    def write(self, ids: Ids, planes: Sequence[Bytes2D]) -> Locations:
+        """Compress and store blocks, all or none, and return where they are, int64 [n].
+
+        ids: int64 [n]. planes: one uint8 [n, plane.nbytes] a plane, rows contiguous. Raises
+        StoreFullError, with nothing stored, where the capacity or the disk does not suffice.
+        """
+        with self._operation():
+            frames = self._codec.encode(ids, planes)
+            if not frames:
+                return np.empty(0, np.int64)
+            with self._changing:
+                return self._commit_packs(ids, frames)
+
+    def read(
+        self,
+        ids: Ids,
+        locations: Locations,
+        out: Sequence[Bytes2D],
+        rows: npt.NDArray[np.int64] | None = None,
+    ) -> None:
+        """Read, verify and decompress blocks into `out`.
+
+        ids, locations: int64 [n]. out: one uint8 [n, plane.nbytes] a plane, or with `rows`, int64
+        [n], uint8 [m, plane.nbytes] of which those rows are written. Raises CorruptBlockError
+        naming the first block that is not what was written.
+        """
+        with self._operation(), self._env.begin(db=self._packs, buffers=True) as transaction:
+            numbers = (locations >> _INDEX_BITS).tolist()
+            places = (4 * (locations & ((1 << _INDEX_BITS) - 1))).tolist()
+            try:
+                values = {number: transaction.get(_key(number)) for number in set(numbers)}
+                frames = [
+                    _frame(values[number], place)
+                    for number, place in zip(numbers, places, strict=True)
+                ]
+            except (TypeError, struct.error):
+                raise self._missing(ids, numbers, places, values) from None
+            except lmdb.Error as error:
+                raise self._damaged(error) from None
+            self._codec.decode(ids, frames, out, rows)
+
+    def delete(self, locations: Locations) -> None:
+        """Drop blocks; a location where none is raises KeyError.
+
+        Many packs go in several transactions: an error leaves some blocks deleted, each wholly.
+        """
+        with self._operation(), self._changing:
+            ordered = np.sort(locations)
+            numbers, starts = np.unique(ordered >> _INDEX_BITS, return_index=True)
+            places = np.split(ordered & ((1 << _INDEX_BITS) - 1), starts[1:])
+            doomed = list(zip(numbers.tolist(), places, strict=True))
+            chunks = [
+                doomed[first : first + _MOST_PACKS] for first in range(0, len(doomed), _MOST_PACKS)
+            ]
+            while chunks:
+                chunk = chunks.pop()
+                try:
+                    self._delete_members(chunk)
+                except StoreFullError:
+                    if len(chunk) <= _LEAST_PACKS:
+                        raise
+                    # A short transaction copies fewer pages before it frees some.
+                    half = len(chunk) // 2
+                    chunks += [chunk[half:], chunk[:half]]
+
+    def scan(self) -> tuple[Ids, Locations]:
+        """Return the ids and locations of all blocks, int64 [n] each, oldest first."""
+        with self._operation(), self._env.begin(db=self._directory) as transaction:
+            ids, locations = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+            for key, value in transaction.cursor():
+                members = self._members(key, value)
+                live = np.flatnonzero(members >= 0)
+                ids.append(members[live])
+                locations.append(int.from_bytes(key, "big") << _INDEX_BITS | live)
+            return np.concatenate(ids), np.concatenate(locations)
+
+    def frames(self) -> Iterator[tuple[int, bytes]]:
+        """Yield the id and the frame of every block, unverified: for checks and measurements."""
+        ids, locations = self.scan()
+        for block, location in zip(ids.tolist(), locations.tolist(), strict=True):
+            with self._operation(), self._env.begin(db=self._packs, buffers=True) as transaction:
+                value = transaction.get(_key(location >> _INDEX_BITS))
+                frame = bytes(_frame(value, 4 * (location & ((1 << _INDEX_BITS) - 1))))
+            yield block, frame
+
+    # Small records
+
+    def put_meta(self, entries: dict[bytes, bytes | None]) -> None:
+        """Store records, all or none; None deletes one. Keys have 1 to 500 bytes."""
+        for key in entries:
+            if not 1 <= len(key) <= _LONGEST_KEY:
+                raise ValueError(f"a record's key has {len(key)} B: 1 to {_LONGEST_KEY} are needed")
+        sealed = {
+            key: None if value is None else _seal(key, value) for key, value in entries.items()
+        }
+        added = sum(self._pages_of(len(value)) + 1 for value in sealed.values() if value)
+
+        def change(transaction: lmdb.Transaction) -> None:
+            self._require(transaction, added)
+            for key, value in sealed.items():
+                if value is None:
+                    transaction.delete(key, db=self._records)
+                else:
+                    transaction.put(key, value, db=self._records)
+
+        with self._operation(), self._changing:
+            self._change(lambda _: change, added, f"{len(entries)} records")
+
+    def get_meta(self, key: bytes) -> bytes | None:
+        """Return a record, or None. A damaged one raises CorruptBlockError naming its key."""
+        with self._operation(), self._env.begin(db=self._records) as transaction:
+            value = transaction.get(key)
+            return None if value is None else _unseal(key, value, f"record {key!r}")
+
+    def meta_keys(self, prefix: bytes = b"") -> list[bytes]:
+        """Return the keys that begin with `prefix`, sorted."""
+        keys = []
+        with self._operation(), self._env.begin(db=self._records) as transaction:
+            cursor = transaction.cursor()
+            found = cursor.set_range(prefix) if prefix else cursor.first()
+            while found and cursor.key().startswith(prefix):
+                keys.append(bytes(cursor.key()))
+                found = cursor.next()
+        return keys
+
+    # Sizes
+
+    @property
+    def block_count(self) -> int:
+        """Blocks stored and not deleted."""
+        return self._blocks
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of the pages in use. Pages that deletion freed stay in the file, to be reused."""
+        with self._operation(), self._env.begin() as transaction:
+            return self._pages_in_use(transaction) * self._page
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of the files as they are."""
+        return sum((self.directory / name).stat().st_size for name in ("data.mdb", "lock.mdb"))
+
+    def sync(self) -> None:
+        """Return when all that was written is on the disk."""
+        with self._operation():
+            self._env.sync(True)
+
+    def close(self) -> None:
+        """Let running reads and writes end, write out what is left and close the file."""
+        with self._idle:
+            if self._closed or os.getpid() != self._pid:
+                return
+            self._closed = True
+            self._idle.wait_for(lambda: self._operations == 0)
+        try:
+            self._env.sync(True)
+        finally:
+            self._env.close()
+            os.close(self._hold)
+
+    # Opening
+
+    def _check_capacity(self) -> None:
+        """Refuse what could not hold one block beside the pages kept for deleting."""
+        lock_bytes = 2 * self._page
+        self._map_pages = (self.capacity_bytes - lock_bytes) // self._page
+        self._writable_pages = self._map_pages - _RESERVED_PAGES - self._map_pages // 256
+        block = self._pages_of(self._codec.header_nbytes + self._codec.spec.nbytes + 1024) + 16
+        if self._writable_pages < block:
+            least = (block + _RESERVED_PAGES + 2) * 257 // 256 * self._page + lock_bytes
+            raise ValueError(
+                f"a cold tier of {self.capacity_bytes} B cannot hold one block of "
+                f"{self._codec.spec.nbytes} B: give it at least {least} B"
+            )
+
+    def _open(self, durable: bool) -> None:
+        path = self.directory / "data.mdb"
+        held = path.stat().st_size if path.exists() else 0
+        if held > self._map_pages * self._page:
+            raise ValueError(
+                f"{self.directory} holds {held} B already: its capacity cannot be "
+                f"{self.capacity_bytes} B"
+            )
+        try:
+            self._env = lmdb.open(
+                str(self.directory),
+                map_size=self._map_pages * self._page,
+                max_dbs=len(_TABLES),
+                mode=stat.S_IRUSR | stat.S_IWUSR,
+                sync=durable,
+                metasync=durable,
+            )
+        except (lmdb.InvalidError, lmdb.CorruptedError, lmdb.VersionMismatchError) as error:
+            raise self._damaged(error) from None
+        except (lmdb.Error, OSError) as error:
+            raise ValueError(f"cannot open a store in {self.directory}: {error}") from None
+        try:
+            self._fill_short_file(path)
+            with self._env.begin(write=True) as transaction:
+                self._check_format(transaction)
+            self._packs, self._directory, self._records = (
+                self._env.open_db(name) for name in _TABLES
+            )
+        except lmdb.Error as error:
+            self._env.close()
+            raise self._damaged(error) from None
+        except BaseException:
+            self._env.close()
+            raise
+
+    def _fill_short_file(self, path: Path) -> None:
+        """Give a file that was cut short its length again.
+
+        Reading a mapped page that is not there would kill the process; one of zeros is refused.
+        """
+        needed = (self._env.info()["last_pgno"] + 1) * self._page
+        if path.stat().st_size < needed:
+            os.truncate(path, needed)
+
+    def _check_format(self, transaction: lmdb.Transaction) -> None:
+        """Compare the file's format with this one, or record it in a new file."""
+        wanted = {"format": FORMAT_VERSION, "planes": self._codec.description}
+        value = transaction.get(_FORMAT_KEY)
+        if value is None:
+            if transaction.stat()["entries"]:
+                raise ValueError(f"{self.directory} holds an LMDB file that is no store")
+            transaction.put(_FORMAT_KEY, _seal(_FORMAT_KEY, json.dumps(wanted).encode()))
+            self._next_pack = self._blocks = 0
+            transaction.put(_COUNTERS_KEY, self._counters())
+            return
+        found = json.loads(_unseal(_FORMAT_KEY, value, f"the store in {self.directory}"))
+        if found.get("format") != FORMAT_VERSION:
+            raise ValueError(
+                f"{self.directory} holds a store of format {found.get('format')}, this program "
+                f"reads {FORMAT_VERSION}: use another directory"
+            )
+        if found != wanted:
+            raise ValueError(
+                f"{self.directory} holds blocks of {found.get('planes')}, not of "
+                f"{wanted['planes']}: use another directory"
+            )
+        value = transaction.get(_COUNTERS_KEY)
+        self._next_pack, self._blocks = struct.unpack(
+            "<QQ", _unseal(_COUNTERS_KEY, value or b"", f"the store in {self.directory}")
+        )
+
+    # Changing
+
+    def _commit_packs(self, ids: Ids, frames: list[bytes]) -> Locations:
+        sizes = np.array([len(frame) for frame in frames])
+        locations = np.empty(len(frames), np.int64)
+
+        def plan(pack_bytes: int) -> _Change:
+            packs = []
+            for number, (first, last) in enumerate(
+                _pack_bounds(sizes, pack_bytes), self._next_pack
+            ):
+                key = _key(number)
+                packs.append((key, _pack(frames[first:last]), _seal(key, _int64(ids[first:last]))))
+                locations[first:last] = number << _INDEX_BITS | np.arange(last - first)
+            added = sum(
+                self._pages_of(len(pack)) + len(members) // 2048 + 1 for _, pack, members in packs
+            )
+
+            def change(transaction: lmdb.Transaction) -> None:
+                self._require(transaction, added)
+                self._next_pack += len(packs)
+                self._blocks += len(frames)
+                for key, pack, members in packs:
+                    transaction.put(key, pack, db=self._packs, append=True)
+                    transaction.put(key, members, db=self._directory, append=True)
+
+            return change
+
+        self._change(plan, sum(map(len, frames)) // self._page + 1, f"{len(frames)} blocks")
+        return locations
+
+    def _delete_members(self, doomed: list[tuple[int, npt.NDArray[np.int64]]]) -> None:
+        loose: set[int] = set()
+
+        def change(transaction: lmdb.Transaction) -> None:
+            loose.clear()
+            for number, places in doomed:
+                key = _key(number)
+                value = transaction.get(key, db=self._directory)
+                members = np.empty(0, np.int64) if value is None else self._members(key, value)
+                if (places >= len(members)).any() or (members[places] < 0).any():
+                    raise KeyError(f"no block is stored in pack {number} at {places.tolist()}")
+                members[places] = _DEAD
+                self._blocks -= len(places)
+                if (members < 0).all():
+                    transaction.delete(key, db=self._packs)
+                    transaction.delete(key, db=self._directory)
+                else:
+                    transaction.put(key, _seal(key, _int64(members)), db=self._directory)
+                    loose.add(number)
+
+        self._change(lambda _: change, 0, f"the deletion of {len(doomed)} packs")
+        if self._loose is not None:
+            self._loose = self._loose - {number for number, _ in doomed} | loose
+
+    def _change(self, plan: Callable[[int], _Change], pages: int, what: str) -> None:
+        """Run a change in a transaction of its own, all or nothing, making room if it must.
+
+        plan: returns the change, given how large its packs should be. pages: what it needs.
+        """
+        counters = self._next_pack, self._blocks
+        for pause, pack_bytes in _ATTEMPTS:
+            try:
+                with self._env.begin(write=True) as transaction:
+                    plan(pack_bytes)(transaction)
+                    transaction.put(_COUNTERS_KEY, self._counters())
+                return
+            except _NoRoom:
+                self._next_pack, self._blocks = counters
+                if not self._reclaim(pages):
+                    break
+            except lmdb.MapFullError:
+                # Pages are free but not yet for use: the last transaction or a running read may
+                # need what was in them. One more transaction releases those of the last.
+                self._next_pack, self._blocks = counters
+                time.sleep(pause)
+                self._pass()
+            except lmdb.Error as error:
+                self._next_pack, self._blocks = counters
+                raise self._write_error(error, what) from None
+            except BaseException:
+                self._next_pack, self._blocks = counters
+                raise
+        raise StoreFullError(
+            f"the cold tier is full: no room for {what} of {pages * self._page} B in its "
+            f"{self.capacity_bytes} B"
+        )
+
+    def _require(self, transaction: lmdb.Transaction, pages: int) -> None:
+        """Refuse to use the reserve."""
+        if self._pages_in_use(transaction) + pages > self._writable_pages:
+            raise _NoRoom
+
+    def _pass(self) -> None:
+        with contextlib.suppress(lmdb.Error), self._env.begin(write=True) as transaction:
+            transaction.put(_COUNTERS_KEY, self._counters())
+
+    def _reclaim(self, pages: int) -> bool:
+        """Copy packs without their deleted blocks until `pages` are gained; say whether any were.
+
+        Done only when there is no room, because most packs are deleted whole before that.
+        """
+        if self._loose is None:
+            with self._env.begin(db=self._directory) as transaction:
+                self._loose = {
+                    int.from_bytes(key, "big")
+                    for key, value in transaction.cursor()
+                    if (self._members(key, value) == _DEAD).any()
+                }
+        gained = failures = 0
+        while self._loose and gained < pages and failures < len(_ATTEMPTS):
+            batch: set[int] = set()
+            copied = found = 0
+            try:
+                with self._env.begin(write=True) as transaction:
+                    for number in self._loose:
+                        before, after = self._shrink(transaction, _key(number))
+                        batch.add(number)
+                        copied += after
+                        found += before - after
+                        if copied >= _RECLAIMED_PAGES or gained + found >= pages:
+                            break
+            except lmdb.MapFullError:
+                failures += 1
+                self._pass()
+                continue
+            except lmdb.Error as error:
+                raise self._write_error(error, "what is left of packs") from None
+            self._loose -= batch
+            gained += found
+        return gained > 0
+
+    def _shrink(self, transaction: lmdb.Transaction, key: bytes) -> tuple[int, int]:
+        """Copy a pack without its deleted blocks; returns its pages before and after."""
+        members = self._members(key, transaction.get(key, db=self._directory))
+        pack = memoryview(transaction.get(key, db=self._packs))
+        frames = [
+            bytes(_frame(pack, 4 * place)) if alive else b""
+            for place, alive in enumerate((members >= 0).tolist())
+        ]
+        smaller = _pack(frames)
+        members[members == _DEAD] = _GONE
+        transaction.put(key, smaller, db=self._packs)
+        transaction.put(key, _seal(key, _int64(members)), db=self._directory)
+        return self._pages_of(len(pack)), self._pages_of(len(smaller))
+
+    def _counters(self) -> bytes:
+        return _seal(_COUNTERS_KEY, struct.pack("<QQ", self._next_pack, self._blocks))
+
+    # Pages
+
+    def _pages_of(self, nbytes: int) -> int:
+        return -(-(nbytes + 16) // self._page)
+
+    def _pages_in_use(self, transaction: lmdb.Transaction) -> int:
+        pages = 2
+        for table in (None, self._packs, self._directory, self._records):
+            found = transaction.stat(table) if table else transaction.stat()
+            pages += found["branch_pages"] + found["leaf_pages"] + found["overflow_pages"]
+        return pages
+
+    # Errors
+
+    @contextlib.contextmanager
+    def _operation(self) -> Iterator[None]:
+        """Keep the file open until the operation ends."""
+        with self._idle:
+            if self._closed:
+                raise StoreClosedError(f"the cold tier in {self.directory} is closed")
+            if os.getpid() != self._pid:
+                raise StoreClosedError(
+                    f"the cold tier in {self.directory} was opened by another process: a child "
+                    "has to open its own"
+                )
+            self._operations += 1
+        try:
+            yield
+        finally:
+            with self._idle:
+                self._operations -= 1
+                self._idle.notify_all()
+
+    def _members(self, key: bytes, value: bytes) -> npt.NDArray[np.int64]:
+        name = f"the directory of pack {int.from_bytes(key, 'big')}"
+        return np.frombuffer(_unseal(key, value, name), "<i8").astype(np.int64)
+
+    def _missing(
+        self,
+        ids: Ids,
+        numbers: list[int],
+        places: list[int],
+        values: dict[int, memoryview | None],
+    ) -> CorruptBlockError:
+        """Find the first block whose place is not there."""
+        for block, number, place in zip(ids.tolist(), numbers, places, strict=True):
+            value = values[number]
+            if value is None or len(value) < place + 8:
+                return CorruptBlockError(
+                    f"block {block} is not on disk where it was written, in pack {number}"
+                )
+        raise AssertionError("every block has a place")
+
+    def _damaged(self, error: Exception) -> CorruptBlockError:
+        return CorruptBlockError(f"the store in {self.directory} is damaged: {error}")
+
+    def _write_error(self, error: lmdb.Error, what: str) -> Exception:
+        code = error.args[1] if len(error.args) > 1 else None
+        if isinstance(error, lmdb.DiskError) or code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return StoreFullError(f"the disk under {self.directory} is full: {what} not stored")
+        return WriteFailedError(f"{what} could not be written to {self.directory}: {error}")
+
+
+def _hold_directory(directory: Path) -> int:
+    """Make the directory, for its owner alone, and lock it against other processes."""
+    try:
+        directory.mkdir(mode=stat.S_IRWXU, parents=True, exist_ok=True)
+        handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    except FileExistsError:
+        raise ValueError(f"{directory} is a file: a store needs a directory") from None
+    except OSError as error:
+        raise ValueError(f"cannot use {directory} as a store: {error.strerror}") from None
+    try:
+        if not os.access(directory, os.W_OK | os.X_OK):
+            raise ValueError(f"cannot use {directory} as a store: it is not writable")
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise ValueError(f"the store in {directory} is in use") from None
+    except BaseException:
+        os.close(handle)
+        raise
+    return handle
+
+
+def _pack_bounds(sizes: npt.NDArray[np.int64], pack_bytes: int) -> list[tuple[int, int]]:
+    """Divide frames into packs of at least `pack_bytes`, as far as they go."""
+    ends = np.cumsum(sizes)
+    bounds = []
+    first = written = 0
+    while first < len(sizes):
+        last = int(np.searchsorted(ends, written + pack_bytes)) + 1
+        if last >= len(sizes) or ends[-1] - ends[last - 1] < pack_bytes:
+            last = len(sizes)
+        bounds.append((first, last))
+        first, written = last, int(ends[last - 1])
+    return bounds
+
+
+def _pack(frames: Sequence[bytes]) -> bytes:
+    """Put frames into one value, behind the table of where each begins and the last ends."""
+    table = np.empty(len(frames) + 1, "<u4")
+    table[0] = table.nbytes
+    table[1:] = table.nbytes + np.cumsum([len(frame) for frame in frames])
+    return b"".join((table.tobytes(), *frames))
+
+
+def _frame(pack: memoryview, place: int) -> memoryview:
+    """Return the frame whose entry in the table is at byte `place`."""
+    first, last = struct.unpack_from("<II", pack, place)
+    return pack[first:last]
+
+
+def _int64(ids: Ids) -> bytes:
+    return ids.astype("<i8").tobytes()
+
+
+def _key(number: int) -> bytes:
+    return number.to_bytes(8, "big")
+
+
+def _seal(key: bytes, payload: bytes) -> bytes:
+    """Put a checksum over key and payload in front."""
+    return xxhash.xxh3_64_digest(key + payload) + payload
+
+
+def _unseal(key: bytes, value: bytes, name: str) -> bytes:
+    payload = value[8:]
+    if xxhash.xxh3_64_digest(key + payload) != value[:8]:
+        raise CorruptBlockError(f"{name} is damaged: its checksum does not match")
+    return payload

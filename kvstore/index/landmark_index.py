@@ -23,6 +23,7 @@ from kvstore.index.exact import ExactSearch
 from kvstore.index.pages import LandmarkPages
 from kvstore.index.segment import Segment, plan
 from kvstore.index.segments import Segments
+from kvstore.streams import stream_numbers
 
 Kind = Literal["exact", "hnsw"]
 
@@ -117,7 +118,7 @@ class LandmarkIndex:
         Raises ValueError for another shape or for numbers that are not finite, and adds nothing.
         """
         self._check()
-        rows = self._numbers(streams)
+        rows = stream_numbers(streams, self.streams)
         values = self._floats("landmarks", landmarks, len(rows))
         for i, stream in enumerate(rows):
             self._pages.append(stream, values[i])
@@ -141,7 +142,7 @@ class LandmarkIndex:
         """
         began = time.perf_counter()
         self._check()
-        rows = self._numbers(streams)
+        rows = stream_numbers(streams, self.streams)
         values = self._floats("queries", queries, len(rows))
         s, m, _ = values.shape
         if k < 1:
@@ -226,7 +227,7 @@ class LandmarkIndex:
         Where a block is -1 the landmark is not defined; KeyError for one that does not exist.
         """
         self._check()
-        rows = self._numbers(streams)
+        rows = stream_numbers(streams, self.streams)
         if blocks.dtype != torch.int64 or not blocks.dim() or len(blocks) != len(rows):
             raise ValueError(
                 f"blocks are {blocks.dtype} of shape {tuple(blocks.shape)}; "
@@ -398,17 +399,7 @@ class LandmarkIndex:
         self._builder.raise_failure()
 
     def _number(self, stream: int) -> int:
-        if not 0 <= stream < self.streams:
-            raise ValueError(f"stream {stream} is not one of 0 to {self.streams - 1}")
-        return stream
-
-    def _numbers(self, streams: slice | Sequence[int]) -> list[int]:
-        if isinstance(streams, slice):
-            return list(range(*streams.indices(self.streams)))
-        numbers = [self._number(int(stream)) for stream in streams]
-        if len(set(numbers)) < len(numbers):
-            raise ValueError(f"streams {numbers} name one twice")
-        return numbers
+        return stream_numbers([stream], self.streams)[0]
 
     def _floats(self, name: str, tensor: torch.Tensor, streams: int) -> torch.Tensor:
         shape = tuple(tensor.shape)

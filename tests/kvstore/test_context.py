@@ -1,0 +1,521 @@
+"""Contexts: appending in any portions, forks and who frees what, keeping and reopening."""
+
+from __future__ import annotations
+
+import time
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from memory_store import MemoryStore
+
+from kvstore import saved_context
+from kvstore.block import BlockSpec, Plane
+from kvstore.block_map import BlockMap
+from kvstore.config import IndexConfig
+from kvstore.context import Context
+from kvstore.errors import CorruptBlockError, KVStoreError, StoreClosedError, StoreFullError
+
+SIZE, DIM, LANDMARK = 4, 3, 5
+SPEC = BlockSpec(
+    (
+        Plane("keys", (SIZE, DIM), torch.bfloat16),
+        Plane("values", (SIZE, 2, DIM), torch.float32),
+        Plane("marks", (SIZE,), torch.int16),
+    )
+)
+
+
+EXACT = IndexConfig(kind="exact")
+
+
+def make_store(directory=None, index=EXACT, blocks=10_000):
+    return MemoryStore(SPEC, directory, index, blocks)
+
+
+def tokens(s: int, t: int, seed: int = 0) -> list[torch.Tensor]:
+    """Planes of t tokens for s streams; no two tokens are alike."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        torch.randn(s, t, DIM, generator=generator).bfloat16(),
+        torch.randn(s, t, 2, DIM, generator=generator),
+        torch.randint(-999, 999, (s, t), generator=generator, dtype=torch.int16),
+    ]
+
+
+def marks_of(s: int, n: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(s, n, LANDMARK, generator=torch.Generator().manual_seed(seed))
+
+
+def past(context: Context, stream: int) -> list[torch.Tensor]:
+    """All tokens of a stream, from the store and the open block."""
+    n = context.sealed(stream)
+    ids = context.ids([stream], np.arange(n)[None])[0]
+    return [
+        torch.cat((blocks.flatten(0, 1), rest[0]))
+        for blocks, rest in zip(context.store.fetch(ids), context.open_block([stream]), strict=True)
+    ]
+
+
+def assert_past(context: Context, stream: int, want: list[torch.Tensor], landmarks) -> None:
+    assert context.tokens(stream) == len(want[0])
+    assert context.sealed(stream) == len(want[0]) // SIZE == context.index.length(stream)
+    for got, plane in zip(past(context, stream), want, strict=True):
+        assert torch.equal(got, plane)
+    assert torch.equal(context.index.landmarks(stream), landmarks)
+
+
+class Twin:
+    """A context beside what it should hold: lists that are never shared."""
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+        self.planes = [tokens(1, 0) for _ in range(context.streams)]
+        self.marks = [marks_of(1, 0)[0] for _ in range(context.streams)]
+        self.planes = [[p[0] for p in planes] for planes in self.planes]
+
+    def append(self, streams, t: int, seed: int) -> None:
+        context = self.context
+        planes = tokens(len(streams), t, seed)
+        sealed = (context.tokens(streams[0]) % SIZE + t) // SIZE
+        marks = marks_of(len(streams), sealed, seed)
+        context.append(streams, planes, marks if sealed or seed % 2 else None)
+        for i, s in enumerate(streams):
+            self.planes[s] = [
+                torch.cat((old, new[i])) for old, new in zip(self.planes[s], planes, strict=True)
+            ]
+            self.marks[s] = torch.cat((self.marks[s], marks[i]))
+
+    def fork(self) -> Twin:
+        twin = Twin(self.context.fork())
+        twin.planes = [list(p) for p in self.planes]
+        twin.marks = list(self.marks)
+        return twin
+
+    def check(self) -> None:
+        for s in range(self.context.streams):
+            assert_past(self.context, s, self.planes[s], self.marks[s])
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_any_portions_and_forks(data):
+    """Whatever is appended where, each context reads its own past, and no block is left over."""
+    draw = data.draw
+    store = make_store()
+    streams = draw(st.integers(1, 3))
+    twins = [Twin(store.context(streams=streams, landmark_dim=LANDMARK))]
+    for step in range(draw(st.integers(1, 14))):
+        twin = draw(st.sampled_from(twins))
+        action = draw(st.sampled_from(["append", "append", "append", "fork", "close"]))
+        if action == "append":
+            some = draw(st.permutations(range(streams)))[: draw(st.integers(1, streams))]
+            some = [
+                s
+                for s in some
+                if twin.context.tokens(s) % SIZE == twin.context.tokens(some[0]) % SIZE
+            ]
+            twin.append(some, draw(st.sampled_from([0, 1, 2, 3, 4, 5, 8, 9, 70 * SIZE])), step)
+        elif action == "fork":
+            twins.append(twin.fork())
+        elif len(twins) > 1:
+            twin.context.close()
+            twins.remove(twin)
+        for other in twins:
+            other.check()
+        held = {int(i) for t in twins for i in t.context._map.ids()}
+        assert set(store.blocks) == held
+    for twin in twins:
+        twin.context.close()
+    assert not store.blocks
+    assert not store.contexts
+
+
+def test_streams_by_slice_and_by_number_are_the_same():
+    store = make_store()
+    with store.context(streams=4, landmark_dim=LANDMARK) as context:
+        planes, marks = tokens(2, 9), marks_of(2, 2)
+        context.append(slice(1, 3), planes, marks)
+        context.append([3, 0], [p.flip(0) for p in planes], marks.flip(0))
+        for a, b in ((1, 0), (2, 3)):
+            for x, y in zip(past(context, a), past(context, b), strict=True):
+                assert torch.equal(x, y)
+        views = context.open_block(slice(1, 3))
+        assert [tuple(v.shape) for v in views] == [(2, 1, DIM), (2, 1, 2, DIM), (2, 1)]
+        assert views[0].data_ptr() == context._open[0][1].data_ptr()
+        assert context.open_block([])[0].shape == (0, 0, DIM)
+        blocks, scores = context.search([1, 0], marks[:, :1], 1)
+        assert blocks.shape == scores.shape == (2, 1, 1)
+        context.append([], tokens(0, 3))
+        assert context.tokens(0) == 9
+
+
+def test_whole_blocks_are_put_at_once_without_a_copy(monkeypatch):
+    store = make_store()
+    context = store.context(streams=2, landmark_dim=LANDMARK)
+    seen = []
+    put = store.put
+    monkeypatch.setattr(store, "put", lambda planes: (seen.append(planes), put(planes))[1])
+    planes = tokens(2, 5 * SIZE)
+    context.append(slice(None), planes, marks_of(2, 5))
+    assert len(seen) == 1
+    assert seen[0][0].data_ptr() == planes[0].data_ptr()
+    context.append(slice(None), tokens(2, 2 * SIZE + 1), marks_of(2, 2))
+    context.append(slice(None), tokens(2, 2 * SIZE - 1), marks_of(2, 2))
+    assert [len(s[0]) for s in seen] == [10, 4, 2, 2]
+
+
+def test_ids():
+    store = make_store()
+    context = store.context(streams=3, landmark_dim=LANDMARK)
+    context.append(slice(None), tokens(3, 6 * SIZE), marks_of(3, 6))
+    context.append([2], tokens(1, SIZE), marks_of(1, 1))
+    table = context.ids(slice(None), np.tile(np.arange(6), (3, 1)))
+    assert len(np.unique(table)) == 18
+    blocks = np.array([[[0, 6], [5, 5]], [[1, 1], [2, 0]]])
+    found = context.ids([2, 0], torch.from_numpy(blocks))
+    assert found.dtype == np.int64
+    assert found.shape == (2, 2, 2)
+    assert found[1, 0, 0] == table[0, 1]
+    assert found[0, 1, 1] == table[2, 5]
+    assert context.ids([1], np.empty((1, 0), np.int64)).shape == (1, 0)
+    for streams, wrong, words in [
+        ([1], 6, "stream 1 has no block 6, only 6"),
+        ([2], 7, "stream 2 has no block 7, only 7"),
+        ([0], -1, "stream 0 has no block -1"),
+    ]:
+        with pytest.raises(KeyError, match=words):
+            context.ids(streams, np.array([[0, wrong]]))
+    with pytest.raises(ValueError, match="expected int64"):
+        context.ids([0], np.array([0, 1]))
+    with pytest.raises(ValueError, match="expected int64"):
+        context.ids([0], np.array([[0.5]]))
+
+
+def test_forks_of_forks_have_few_runs():
+    store = make_store()
+    twin = Twin(store.context(streams=2, landmark_dim=LANDMARK))
+    for step in range(40):
+        twin.append([0, 1], 3, step)
+        before = twin
+        twin = twin.fork()
+        before.context.close()
+    twin.check()
+    assert len(twin.context._map._runs) < 8
+    twin.context.close()
+    assert not store.blocks
+
+
+def test_a_fork_is_cheap():
+    store = make_store(blocks=10**6)
+    context = store.context(streams=4, landmark_dim=LANDMARK)
+    n = 32768
+    planes = [torch.zeros(4, n * SIZE, *p.shape[1:], dtype=p.dtype) for p in SPEC.planes]
+    store.put = lambda planes: np.arange(len(planes[0]))
+    context.append(slice(None), planes, torch.randn(4, n, LANDMARK))
+    store.delete = lambda ids: None
+    times = []
+    for _ in range(20):
+        began = time.perf_counter()
+        fork = context.fork()
+        times.append(time.perf_counter() - began)
+        fork.close()
+    assert min(times) < 1e-3
+
+
+# state
+
+
+def test_state_is_copied_in_and_out():
+    context = make_store().context(streams=1, landmark_dim=LANDMARK)
+    assert context.get_state() == {}
+    window = torch.zeros(3)
+    context.set_state({"window": window})
+    window += 1
+    fork = context.fork()
+    context.get_state()["window"] += 2
+    assert torch.equal(context.get_state()["window"], torch.zeros(3))
+    fork.set_state({"other": torch.ones(1)})
+    assert list(context.get_state()) == ["window"]
+    with pytest.raises(TypeError, match="named tensors"):
+        context.set_state({"position": 3})
+    with pytest.raises(TypeError, match="named tensors"):
+        context.set_state({3: window})
+    assert list(context.get_state()) == ["window"]
+
+
+# bad input
+
+
+def test_bad_input_appends_nothing():
+    store = make_store()
+    context = store.context(streams=2, landmark_dim=LANDMARK)
+    twin = Twin(context)
+    twin.append([0, 1], 6, 1)
+    good, marks = tokens(2, 6), marks_of(2, 2)
+
+    def spoiled(plane: int, value: float) -> list[torch.Tensor]:
+        planes = [p.clone() for p in good]
+        planes[plane].view(-1)[7] = value
+        return planes
+
+    bad_marks = marks.clone()
+    bad_marks[1, 0, 2] = float("nan")
+    for planes, landmarks, words in [
+        (spoiled(0, float("nan")), marks, "keys hold numbers that are not finite"),
+        (spoiled(1, float("inf")), marks, "values hold numbers that are not finite"),
+        (good, bad_marks, "landmarks hold numbers that are not finite"),
+        (good, None, r"landmarks of shape \(2, 2, 5\) are needed"),
+        (good, marks[:, :1], r"landmarks have shape \(2, 1, 5\); expected \(2, 2, 5\)"),
+        (good, marks.long(), "expected a float dtype"),
+        (good[:2], marks, "2 planes were given; a block has keys, values, marks"),
+        ([good[0].float(), *good[1:]], marks, "keys are torch.float32"),
+        ([good[0], good[1][..., :2], good[2]], marks, r"values are .* expected .*\(2, 6, 2, 3\)"),
+        ([good[0], good[1][:, :5], good[2]], marks, "values are"),
+        ([p[:1] for p in good], marks, "keys are"),
+        ([p[0] for p in good], marks, "keys are"),
+    ]:
+        with pytest.raises(ValueError, match=words) as caught:
+            context.append([0, 1], planes, landmarks)
+        assert "\n" not in str(caught.value)
+        twin.check()
+        assert len(store.blocks) == 2
+    for streams, words in [([0, 2], "stream 2 is not one of 0 to 1"), ([1, 1], "one twice")]:
+        with pytest.raises(ValueError, match=words):
+            context.append(streams, good, marks)
+    context.append([0], tokens(1, 1))
+    with pytest.raises(ValueError, match="not equally full"):
+        context.append([0, 1], good, marks)
+    with pytest.raises(ValueError, match="not equally full"):
+        context.open_block([0, 1])
+    with pytest.raises(ValueError, match="at least 1"):
+        store.context(streams=0, landmark_dim=LANDMARK)
+
+
+def test_large_finite_numbers_are_taken():
+    context = make_store().context(streams=1, landmark_dim=LANDMARK)
+    planes = tokens(1, 3)
+    planes[1][:] = 3e38
+    context.append([0], planes)
+    assert context.tokens(0) == 3
+
+
+@pytest.mark.parametrize("room", [0, 1, 2, 3])
+def test_a_full_store_leaves_everything_as_it_was(room):
+    store = make_store(blocks=2 + room)
+    twin = Twin(store.context(streams=2, landmark_dim=LANDMARK))
+    twin.append([0, 1], 6, 1)
+    with pytest.raises(StoreFullError):
+        twin.append([0, 1], 8, 2)
+    twin.check()
+    assert len(store.blocks) == 2
+    twin.append([0, 1], 1, 3)
+    twin.check()
+
+
+def test_a_failing_index_leaves_everything_as_it_was(monkeypatch):
+    store = make_store()
+    twin = Twin(store.context(streams=2, landmark_dim=LANDMARK))
+    twin.append([0, 1], 6, 1)
+
+    def fail(*_):
+        raise KVStoreError("a segment could not be built")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(twin.context.index, "add", fail)
+        with pytest.raises(KVStoreError, match="segment"):
+            twin.append([0, 1], 8, 2)
+    twin.check()
+    assert len(store.blocks) == 2
+    twin.append([0, 1], 8, 3)
+    twin.check()
+
+
+# closing and keeping
+
+
+def test_a_closed_context_is_of_no_use():
+    store = make_store()
+    context = store.context("name", streams=1, landmark_dim=LANDMARK)
+    with pytest.raises(ValueError, match="'name' is open already"):
+        store.context("name", streams=1, landmark_dim=LANDMARK)
+    with pytest.raises(ValueError, match="only a context with a name"):
+        context.save()
+    context.close()
+    context.close()
+    for use in (
+        lambda: context.append([0], tokens(1, 1)),
+        lambda: context.open_block([0]),
+        lambda: context.ids([0], np.zeros((1, 1), np.int64)),
+        lambda: context.search([0], torch.zeros(1, 1, LANDMARK), 1),
+        context.fork,
+        context.get_state,
+        context.delete,
+        context.save,
+    ):
+        with pytest.raises(StoreClosedError):
+            use()
+    store.context("name", streams=1, landmark_dim=LANDMARK)
+
+
+@pytest.mark.parametrize("kind", ["exact", "hnsw"])
+@pytest.mark.parametrize("piece", [100, 4 * 2**20])
+def test_reopening_gives_the_same_answers(tmp_path, monkeypatch, kind, piece):
+    monkeypatch.setattr(saved_context, "PIECE", piece)
+    index = IndexConfig(kind=kind, segment=64, ef_search=2)
+    store = make_store(tmp_path, index)
+    twin = Twin(store.context("a/b", streams=2, landmark_dim=LANDMARK))
+    twin.append([0, 1], 300 * SIZE + 2, 1)
+    twin.append([1], 2 * SIZE, 2)
+    twin.context.index.wait()
+    twin.append([0, 1], 40 * SIZE, 3)
+    twin.context.set_state({"position": torch.tensor(7), "w": torch.randn(3, 2).T})
+    queries = marks_of(2, 1, seed=9)
+    want = twin.context.search([0, 1], queries, 6)
+    state = twin.context.get_state()
+    twin.context.close()
+
+    store = store.reopened()
+    context = store.context("a/b", streams=2, landmark_dim=LANDMARK)
+    twin.context = context
+    twin.check()
+    found = context.search([0, 1], queries, 6)
+    assert torch.equal(found[0], want[0])
+    assert torch.equal(found[1], want[1])
+    again = context.get_state()
+    assert again.keys() == state.keys()
+    assert all(torch.equal(again[name], state[name]) for name in state)
+    twin.append([0, 1], 5, 4)
+    fork = twin.fork()
+    twin.append([0, 1], 9, 5)
+    fork.append([0, 1], 10, 6)
+    twin.check()
+    fork.check()
+    fork.context.close()
+    context.close()
+    twin.context = Context.load(store, "a/b")
+    twin.check()
+    twin.context.delete()
+    assert not store.blocks
+    assert not store.records
+
+
+def test_an_empty_context_is_kept(tmp_path):
+    store = make_store(tmp_path)
+    store.context("empty", streams=2, landmark_dim=LANDMARK).close()
+    store = store.reopened()
+    assert saved_context.saved_names(store) == ["empty"]
+    context = Context.load(store, "empty")
+    assert context.tokens(0) == 0
+    with pytest.raises(KeyError, match="no context 'other'"):
+        Context.load(store, "other")
+    with pytest.raises(KeyError, match="no context 'other'"):
+        Context.load(make_store(), "other")
+
+
+def test_what_does_not_fit_the_kept_context_is_refused(tmp_path):
+    store = make_store(tmp_path)
+    store.context("x", streams=2, landmark_dim=LANDMARK).close()
+    with pytest.raises(ValueError, match="'x' was kept with streams 2, not 3"):
+        store.context("x", streams=3, landmark_dim=LANDMARK)
+    with pytest.raises(ValueError, match="kept with landmark_dim 5, not 4"):
+        store.context("x", streams=2, landmark_dim=4)
+    with pytest.raises(ValueError, match="'x' is kept already"):
+        store.context(streams=2, landmark_dim=LANDMARK).fork("x")
+    for name in ("", "n" * 301, "é" * 51):
+        with pytest.raises(ValueError, match="name has 1 to 300 bytes"):
+            store.context(name, streams=1, landmark_dim=LANDMARK)
+    key = b"context/x/manifest"
+    store.put_record(key, store.get_record(key).replace(b'"format": 1', b'"format": 2'))
+    with pytest.raises(ValueError, match="saved in format 2, this version reads format 1"):
+        store.context("x", streams=2, landmark_dim=LANDMARK)
+
+
+def test_a_lost_piece_is_noticed(tmp_path):
+    store = make_store(tmp_path)
+    store.context("x", streams=1, landmark_dim=LANDMARK).close()
+    store.put_record(b"context/x/0/rest/000000", None)
+    with pytest.raises(CorruptBlockError, match="lacks piece 0 of its rest"):
+        Context.load(store, "x")
+    assert not store.contexts
+
+
+def test_a_save_that_fails_leaves_the_last_one(tmp_path, monkeypatch):
+    store = make_store(tmp_path)
+    context = store.context("x", streams=1, landmark_dim=LANDMARK)
+    context.append([0], tokens(1, 9), marks_of(1, 2))
+    context.save()
+    context.append([0], tokens(1, 9), marks_of(1, 2))
+    put_record, left = store.put_record, 2
+
+    def fail(key, value):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise StoreFullError("no room")
+        put_record(key, value)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "put_record", fail)
+        with pytest.raises(StoreFullError):
+            context.close()
+    assert context.tokens(0) == 18
+    store.contexts.clear()
+    again = Context.load(store, "x")
+    assert again.tokens(0) == 9
+    assert len(past(again, 0)[0]) == 9
+    again.close()
+    assert all(key.startswith((b"context/x/1/", b"context/x/m")) for key in store.records)
+
+
+@pytest.mark.parametrize("order", ["fork first", "kept first", "reopened"])
+def test_kept_contexts_share_blocks(tmp_path, order):
+    store = make_store(tmp_path)
+    first = Twin(store.context("first", streams=1, landmark_dim=LANDMARK))
+    first.append([0], 10 * SIZE, 1)
+    second = Twin(first.context.fork("second"))
+    second.planes, second.marks = [list(p) for p in first.planes], list(first.marks)
+    scratch = first.fork()
+    second.append([0], 3 * SIZE, 2)
+    first.append([0], 2 * SIZE, 3)
+    scratch.append([0], SIZE, 4)
+    assert len(store.blocks) == 16
+    if order == "fork first":
+        scratch.context.close()
+        assert len(store.blocks) == 15
+        first.context.delete()
+    elif order == "kept first":
+        second.context.close()
+        first.context.close()
+        scratch.check()
+        scratch.context.close()
+        assert len(store.blocks) == 15
+        Context.load(store, "first").delete()
+        second.context = Context.load(store, "second")
+    else:
+        scratch.context.close()
+        first.context.close()
+        second.context.close()
+        store = store.reopened()
+        Context.load(store, "first").delete()
+        second.context = Context.load(store, "second")
+    assert len(store.blocks) == 13
+    second.check()
+    second.context.delete()
+    assert not store.blocks
+    assert not store.records
+
+
+def test_a_map_takes_back_what_it_appended():
+    block_map = BlockMap(2)
+    block_map.append([0, 1], np.arange(6).reshape(2, 3))
+    fork = block_map.fork()
+    fork.append([1], np.array([[7, 8]]))
+    fork.take_back([1], 2)
+    fork.append([1], np.array([[9]]))
+    assert fork.lookup([1], np.arange(4)[None]).tolist() == [[3, 4, 5, 9]]
+    assert fork.ids().tolist() == [0, 1, 2, 3, 4, 5, 9]
+    assert block_map.release()[0].tolist() == []
+    assert sorted(fork.release()[0].tolist()) == [0, 1, 2, 3, 4, 5, 9]

@@ -124,9 +124,7 @@ class BlockMap:
                 i, j = np.argwhere(wrong)[0]
                 raise KeyError(f"stream {rows[i]} has no block {flat[i, j]}, only {counts[i]}")
         table = self._runs[0].table
-        if len(self._runs) == 1:
-    XX
-        ids = table[rows[:, None], np.minimum(flat, table.shape[1] - 1)]
+        ids: Ids = table[rows[:, None], np.minimum(flat, table.shape[1] - 1)]
         for run in self._runs[1:]:
             columns = flat - run.base[rows, None]
             i, j = np.nonzero(columns >= 0)

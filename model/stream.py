@@ -227,15 +227,12 @@ class Stream:
         blocks, places = self._select(q, groups, streams)  # [H, G, M]
         if blocks.shape[-1] == 0 or int(blocks.max()) < 0:
             return local[0]
-        index = self.context.index
-        found = blocks.clamp(min=0)
-        landmarks = torch.stack(
-            [index.landmarks(s)[found[i]] for i, s in enumerate(range(*streams.indices(1 << 30)))]
-        )  # [H, G, M, D]
+        landmarks = self.context.index.gather(streams, blocks)  # [H, G, M, D]
         cos, sin = self.model.rotary.table(places * self._stride, q.dtype)
         placed = rotate(q[:, :, None], (cos[..., None, :], sin[..., None, :]))  # [H, G, M, R, D]
         gate = (placed @ landmarks[..., None])[..., 0]  # [H, G, M, R]
-        ids = torch.from_numpy(self.context.ids(streams, found.cpu().numpy()))
+        ids = torch.from_numpy(self.context.ids(streams, blocks.clamp(min=0).cpu().numpy()))
+        # Where there is no block the kernel looks at none; ask for one that is asked for anyway.
         ids = torch.where(blocks.cpu() < 0, ids.flatten()[blocks.flatten().argmax()], ids)
         self._last_ids.append(ids)
         keys, values = self.store.hot_planes
@@ -280,10 +277,8 @@ class Stream:
         index = self.context.index
         rotary = self.model.rotary
         at_near = rotate(query[:, :, None], rotary.table(back * self._stride, q.dtype))
-        found = recent.clamp(min=0)
-        landmarks = torch.stack(
-            [index.landmarks(s)[found] for s in range(*streams.indices(1 << 30))]
-        )  # [H, G, near, D]
+        nearby = recent.clamp(min=-1).expand(heads, count, near)
+        landmarks = index.gather(streams, nearby)  # [H, G, near, D]
         near_scores = (at_near * landmarks).sum(dim=-1)
         near_scores = near_scores.masked_fill(recent < 0, float("-inf"))
         shared = rotary.table((back[-1:] + 1) * self._stride, q.dtype)

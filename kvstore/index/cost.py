@@ -1,8 +1,8 @@
-"""What searching exactly, searching a graph, and building one cost, in microseconds on a CPU.
+"""What searching exactly, searching graphs, and building them cost, in microseconds on a CPU.
 
-Owns the constants that bench/index.py measured (float32, D = 64, m = 16, ef_construction = 100,
-two AVX-512 cores, one thread). Never looks at a clock: a choice that depended on one would make
-answers depend on it, because a graph is approximate.
+Owns the constants, measured by bench/index.py (float32, D = 64, m = 16, ef_construction = 100, one
+thread of an AVX-512 core). Never looks at a clock: a choice that depended on one would make answers
+depend on it, because a graph is approximate.
 """
 
 from __future__ import annotations
@@ -10,12 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 EXACT_CALL = 25.0
-EXACT_READ = 0.00013  # a landmark's number read and multiplied, for the first query
-EXACT_MULTIPLY = 0.000011  # a landmark's number multiplied, for each further query
+EXACT_READ = 0.00014  # a landmark's number read and multiplied, for the first query
+EXACT_MULTIPLY = 0.0000105  # a landmark's number multiplied, for each further query
 EXACT_SELECT = 0.0005  # a landmark's score looked at, for each query
 
 GRAPH_CALL = 15.0
-GRAPH_VISIT = 0.45  # a graph searched by one query, for each entry of the beam
+# A graph searched by one query, for each entry of the beam. Between 0.45, with the graph in the
+# core's cache, and 0.95, after a model's step has swept it out.
+GRAPH_VISIT = 0.7
 
 BUILD = 0.55  # a landmark inserted, for each entry of the beam
 
@@ -29,7 +31,8 @@ def exact_us(landmarks: int, queries: int, dim: int) -> float:
 def graph_us(graphs: int, rest: int, queries: int, dim: int, beam: int) -> float:
     """Microseconds for one stream's queries over `graphs` segments and `rest` landmarks exactly."""
     visited = GRAPH_VISIT * beam * (0.5 + dim / 128)
-    return GRAPH_CALL + graphs * queries * visited + exact_us(rest, queries, dim)
+    exactly = exact_us(rest, queries, dim) if rest else 0.0
+    return GRAPH_CALL + graphs * queries * visited + exactly
 
 
 def build_us(sizes: Iterable[int], dim: int, beam: int) -> float:

@@ -125,16 +125,15 @@ class LandmarkPages:
     def gather(self, stream: int, numbers: torch.Tensor, out: torch.Tensor) -> None:
         """Copy landmarks, numbers int64 [n], which exist, to out [n, dim]."""
         for page in self._pages:
-            columns = numbers - page.base[stream]
+            # Those of later pages are overwritten in their turn.
+            last = page.data.shape[-1] - 1
             if page is self._pages[0]:
-                # Those of later pages are overwritten in their turn.
-                last = page.data.shape[-1] - 1
-                out.copy_(page.streams[stream].index_select(1, columns.clamp(max=last)).T)
+                columns = numbers if len(self._pages) == 1 else numbers.clamp(max=last)
+                out.copy_(page.streams[stream].index_select(1, columns).T)
             else:
+                columns = numbers - page.base[stream]
                 here = (columns >= 0).nonzero().squeeze(1)
-                found = page.streams[stream].index_select(
-                    1, columns[here].clamp(max=page.data.shape[-1] - 1)
-                )
+                found = page.streams[stream].index_select(1, columns[here].clamp(max=last))
                 out[here] = found.T
 
     @property

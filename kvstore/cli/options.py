@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from kvstore.cli.usage import number, share, size, size_or_none, text, whole
+from kvstore.cli.usage import number, share, text, whole
 from kvstore.policy import POLICIES
 
 if TYPE_CHECKING:
@@ -53,16 +53,13 @@ def add_shared(
         type=text,
         help="where the disk tier lies (default: a temporary directory, removed at the end)",
     )
+    store.add_argument("--hot", metavar="SIZE", default=hot, help=f"device memory (default: {hot})")
     store.add_argument(
-        "--hot", metavar="SIZE", type=size, default=hot, help=f"device memory (default: {hot})"
-    )
-    store.add_argument(
-        "--warm", metavar="SIZE", type=size, default=warm, help=f"host memory (default: {warm})"
+        "--warm", metavar="SIZE", default=warm, help=f"host memory (default: {warm})"
     )
     store.add_argument(
         "--cold",
         metavar="SIZE",
-        type=size_or_none,
         default="64GiB",
         help="disk, compressed, or none: no disk (default: 64GiB)",
     )
@@ -135,7 +132,7 @@ def store_config(args: argparse.Namespace) -> StoreConfig:
     return StoreConfig(
         hot=args.hot,
         warm=args.warm,
-        cold=args.cold,
+        cold=None if args.cold == "none" else args.cold,
         directory=args.store,
         device=args.device,
         policy=args.policy,

@@ -54,24 +54,6 @@ def words(value: str) -> str:
     return text(value)
 
 
-def size(value: str) -> int:
-    """Read a size such as 64MiB, in bytes; at least 1."""
-    from kvstore.config import parse_size
-
-    try:
-        nbytes = parse_size(value)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    if nbytes < 1:
-        raise argparse.ArgumentTypeError("a size of 0 bytes holds nothing; give at least one block")
-    return nbytes
-
-
-def size_or_none(value: str) -> int | None:
-    """Read a size, or the word none."""
-    return None if value.strip().lower() == "none" else size(value)
-
-
 def whole(least: int, most: int) -> Callable[[str], int]:
     """Return a reader of whole numbers from least to most."""
 

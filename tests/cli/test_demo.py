@@ -79,7 +79,7 @@ def test_hits_and_not_found_make_the_lookups(demo: Kvstore) -> None:
 
 
 def test_a_full_disk_tier_is_named(demo: Kvstore, temporary: Path) -> None:
-    ran = demo("--hot", "32KiB", "--warm", "32KiB", "--cold", "128KiB")
+    ran = demo("--tokens", 32768, "--hot", "32KiB", "--warm", "32KiB", "--cold", "512KiB")
     assert ran.code == 1
     assert ran.err.startswith("kvstore demo: error: ")
     assert ran.err.count("\n") == 1

@@ -142,8 +142,10 @@ def test_a_text_that_is_utf8_and_a_prompt_that_is_not_ascii(read: Kvstore, tmp_p
     assert read(text=text, prompt="Gdańsk").code == 0
 
 
-def test_more_blocks_a_token_than_there_are(read: Kvstore) -> None:
-    assert read("--top-k", 500, "--json").figures["not_found"] == 0
+def test_more_blocks_a_token_than_there_are(read: Kvstore, tmp_path: Path) -> None:
+    text = tmp_path / "short"
+    text.write_bytes(bytes(range(256)))
+    assert read("--top-k", 500, "--json", text=text).figures["not_found"] == 0
 
 
 def test_a_stop_ends_the_answer(read: Kvstore) -> None:
@@ -198,9 +200,13 @@ def test_a_hot_tier_of_one_selection(read: Kvstore) -> None:
     assert tight["answer"] == roomy["answer"]
 
 
-@pytest.mark.parametrize("cold", ["none", "64KiB"])
-def test_a_store_that_is_full(read: Kvstore, temporary: Path, cold: str) -> None:
-    ran = read("--cold", cold, *SMALL)
+@pytest.mark.parametrize("cold", ["none", "512KiB"])
+def test_a_store_that_is_full(
+    read: Kvstore, book: Path, tmp_path: Path, temporary: Path, cold: str
+) -> None:
+    text = tmp_path / "longer"
+    text.write_bytes(book.read_bytes() * 4)
+    ran = read("--cold", cold, *SMALL, text=text)
     assert ran.code == 1
     assert ran.err.startswith("kvstore run: error: ")
     assert ran.err.count("\n") == 1
@@ -279,7 +285,8 @@ class TestProcess:
     def test_a_command_line_is_refused_without_importing_torch(self) -> None:
         code = (
             "import sys; from kvstore.cli.main import main; "
-            "main(['run', '--hel']); main(['run', '--help']); sys.exit('torch' in sys.modules)"
+            "main(['run', '--text']); main(['run', '--hot', '1', '--help']); "
+            "sys.exit('torch' in sys.modules)"
         )
         assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
 

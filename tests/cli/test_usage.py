@@ -11,9 +11,6 @@ from kvstore.cli import usage
 
 
 def test_values_are_read() -> None:
-    assert usage.size("1.5MiB") == 3 * 2**19
-    assert usage.size_or_none(" None ") is None
-    assert usage.size_or_none("10MB") == 10_000_000
     assert usage.whole(0, 5)("0") == 0
     assert usage.whole(0, 5)("5") == 5
     assert usage.share("0") == 0
@@ -26,9 +23,6 @@ def test_values_are_read() -> None:
 @pytest.mark.parametrize(
     ("read", "value"),
     [
-        (usage.size, "0"),
-        (usage.size, "12 parsecs"),
-        (usage.size_or_none, "no"),
         (usage.whole(1, 5), "0"),
         (usage.whole(1, 5), "6"),
         (usage.whole(1, 5), "2.0"),

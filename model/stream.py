@@ -57,6 +57,10 @@ class Rows:
         """How many of the places are tokens, not the landmark."""
         return len(self.offsets) - int(self.offsets[-1] == block_size)
 
+    def whole(self, block_size: int) -> bool:
+        """Whether the piece is whole blocks with their landmarks."""
+        return len(self.offsets) == block_size + 1
+
 
 class Stream:
     """A model reading one text; not safe to use from two threads.
@@ -147,8 +151,11 @@ class Stream:
 
     def _step(self, x: Tensor, rows: Rows) -> Tensor:
         """Run all layers over x [N, R, width]."""
-        for ids in self._last_ids:
-            self.store.prefetch(ids.numpy())
+        if not rows.whole(self.model.config.block_size):
+            # Token by token the choice changes little, so the last one is asked for in time to
+            # come while the lower layers compute. A segment's choice says little of the next.
+            for ids in self._last_ids:
+                self.store.prefetch(ids.numpy())
         self._last_ids = []
         local = retrieving = 0
         for layer in self.model.layers:
@@ -327,7 +334,7 @@ class Groups:
 
     def __init__(self, rows: Rows, block_size: int, segment: int, device: torch.device) -> None:
         self._rows = rows
-        self._whole = len(rows.offsets) == block_size + 1
+        self._whole = rows.whole(block_size)
         if self._whole:
             per_block = block_size // segment
             first = torch.arange(per_block, device=device)[:, None] * segment

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 
 import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
-from memory_store import MemoryStore
 
 from kvstore import saved_context
 from kvstore.block import BlockSpec, Plane
 from kvstore.block_map import BlockMap
-from kvstore.config import IndexConfig
+from kvstore.config import IndexConfig, StoreConfig
 from kvstore.context import Context
 from kvstore.errors import CorruptBlockError, KVStoreError, StoreClosedError, StoreFullError
+from kvstore.store import Store
 
 SIZE, DIM, LANDMARK = 4, 3, 5
 SPEC = BlockSpec(
@@ -31,8 +32,29 @@ SPEC = BlockSpec(
 EXACT = IndexConfig(kind="exact")
 
 
-def make_store(directory=None, index=EXACT, blocks=10_000):
-    return MemoryStore(SPEC, directory, index, blocks)
+def open_store(directory=None, index=EXACT, hot=1000, cold="64MiB") -> Store:
+    config = StoreConfig(
+        hot=hot * SPEC.nbytes,
+        warm=500 * SPEC.nbytes if cold else 1,
+        cold=cold,
+        directory=directory,
+        device="cpu",
+        index=index,
+    )
+    return Store(SPEC, config)
+
+
+@pytest.fixture
+def make_store():
+    """Make stores, and close them after the test."""
+    with ExitStack() as stack:
+        yield lambda *a, **given: stack.enter_context(open_store(*a, **given))
+
+
+def reopened(make_store, store: Store) -> Store:
+    store.check()
+    store.close()
+    return make_store(store.config.directory, store.config.index)
 
 
 def tokens(s: int, t: int, seed: int = 0) -> list[torch.Tensor]:
@@ -103,8 +125,11 @@ class Twin:
 @given(data=st.data())
 def test_any_portions_and_forks(data):
     """Whatever is appended where, each context reads its own past, and no block is left over."""
-    draw = data.draw
-    store = make_store()
+    with open_store() as store:
+        portions_and_forks(store, data.draw)
+
+
+def portions_and_forks(store, draw) -> None:
     streams = draw(st.integers(1, 3))
     twins = [Twin(store.context(streams=streams, landmark_dim=LANDMARK))]
     for step in range(draw(st.integers(1, 14))):
@@ -126,14 +151,15 @@ def test_any_portions_and_forks(data):
         for other in twins:
             other.check()
         held = {int(i) for t in twins for i in t.context._map.ids()}
-        assert set(store.blocks) == held
+        assert len(store) == len(held)
+        store.check()
     for twin in twins:
         twin.context.close()
-    assert not store.blocks
+    assert not len(store)
     assert not store.contexts
 
 
-def test_streams_by_slice_and_by_number_are_the_same():
+def test_streams_by_slice_and_by_number_are_the_same(make_store):
     store = make_store()
     with store.context(streams=4, landmark_dim=LANDMARK) as context:
         planes, marks = tokens(2, 9), marks_of(2, 2)
@@ -152,7 +178,7 @@ def test_streams_by_slice_and_by_number_are_the_same():
         assert context.tokens(0) == 9
 
 
-def test_whole_blocks_are_put_at_once_without_a_copy(monkeypatch):
+def test_whole_blocks_are_put_at_once_without_a_copy(make_store, monkeypatch):
     store = make_store()
     context = store.context(streams=2, landmark_dim=LANDMARK)
     seen = []
@@ -167,7 +193,7 @@ def test_whole_blocks_are_put_at_once_without_a_copy(monkeypatch):
     assert [len(s[0]) for s in seen] == [10, 4, 2, 2]
 
 
-def test_ids():
+def test_ids(make_store):
     store = make_store()
     context = store.context(streams=3, landmark_dim=LANDMARK)
     context.append(slice(None), tokens(3, 6 * SIZE), marks_of(3, 6))
@@ -194,7 +220,7 @@ def test_ids():
         context.ids([0], np.array([[0.5]]))
 
 
-def test_forks_of_forks_have_few_runs():
+def test_forks_of_forks_have_few_runs(make_store):
     store = make_store()
     twin = Twin(store.context(streams=2, landmark_dim=LANDMARK))
     for step in range(40):
@@ -205,11 +231,11 @@ def test_forks_of_forks_have_few_runs():
     twin.check()
     assert len(twin.context._map._runs) < 8
     twin.context.close()
-    assert not store.blocks
+    assert not len(store)
 
 
-def test_a_fork_is_cheap():
-    store = make_store(blocks=10**6)
+def test_a_fork_is_cheap(make_store):
+    store = make_store()
     context = store.context(streams=4, landmark_dim=LANDMARK)
     n = 32768
     planes = [torch.zeros(4, n * SIZE, *p.shape[1:], dtype=p.dtype) for p in SPEC.planes]
@@ -228,7 +254,7 @@ def test_a_fork_is_cheap():
 # state
 
 
-def test_state_is_copied_in_and_out():
+def test_state_is_copied_in_and_out(make_store):
     context = make_store().context(streams=1, landmark_dim=LANDMARK)
     assert context.get_state() == {}
     window = torch.zeros(3)
@@ -249,7 +275,7 @@ def test_state_is_copied_in_and_out():
 # bad input
 
 
-def test_bad_input_appends_nothing():
+def test_bad_input_appends_nothing(make_store):
     store = make_store()
     context = store.context(streams=2, landmark_dim=LANDMARK)
     twin = Twin(context)
@@ -281,7 +307,7 @@ def test_bad_input_appends_nothing():
             context.append([0, 1], planes, landmarks)
         assert "\n" not in str(caught.value)
         twin.check()
-        assert len(store.blocks) == 2
+        assert len(store) == 2
     for streams, words in [([0, 2], "stream 2 is not one of 0 to 1"), ([1, 1], "one twice")]:
         with pytest.raises(ValueError, match=words):
             context.append(streams, good, marks)
@@ -294,7 +320,7 @@ def test_bad_input_appends_nothing():
         store.context(streams=0, landmark_dim=LANDMARK)
 
 
-def test_large_finite_numbers_are_taken():
+def test_large_finite_numbers_are_taken(make_store):
     context = make_store().context(streams=1, landmark_dim=LANDMARK)
     planes = tokens(1, 3)
     planes[1][:] = 3e38
@@ -303,19 +329,19 @@ def test_large_finite_numbers_are_taken():
 
 
 @pytest.mark.parametrize("room", [0, 1, 2, 3])
-def test_a_full_store_leaves_everything_as_it_was(room):
-    store = make_store(blocks=2 + room)
+def test_a_full_store_leaves_everything_as_it_was(make_store, room):
+    store = make_store(hot=2 + room, cold=None)
     twin = Twin(store.context(streams=2, landmark_dim=LANDMARK))
     twin.append([0, 1], 6, 1)
     with pytest.raises(StoreFullError):
         twin.append([0, 1], 8, 2)
     twin.check()
-    assert len(store.blocks) == 2
+    assert len(store) == 2
     twin.append([0, 1], 1, 3)
     twin.check()
 
 
-def test_a_failing_index_leaves_everything_as_it_was(monkeypatch):
+def test_a_failing_index_leaves_everything_as_it_was(make_store, monkeypatch):
     store = make_store()
     twin = Twin(store.context(streams=2, landmark_dim=LANDMARK))
     twin.append([0, 1], 6, 1)
@@ -328,7 +354,7 @@ def test_a_failing_index_leaves_everything_as_it_was(monkeypatch):
         with pytest.raises(KVStoreError, match="segment"):
             twin.append([0, 1], 8, 2)
     twin.check()
-    assert len(store.blocks) == 2
+    assert len(store) == 2
     twin.append([0, 1], 8, 3)
     twin.check()
 
@@ -336,7 +362,7 @@ def test_a_failing_index_leaves_everything_as_it_was(monkeypatch):
 # closing and keeping
 
 
-def test_a_closed_context_is_of_no_use():
+def test_a_closed_context_is_of_no_use(make_store):
     store = make_store()
     context = store.context("name", streams=1, landmark_dim=LANDMARK)
     with pytest.raises(ValueError, match="'name' is open already"):
@@ -362,7 +388,7 @@ def test_a_closed_context_is_of_no_use():
 
 @pytest.mark.parametrize("kind", ["exact", "hnsw"])
 @pytest.mark.parametrize("piece", [100, 4 * 2**20])
-def test_reopening_gives_the_same_answers(tmp_path, monkeypatch, kind, piece):
+def test_reopening_gives_the_same_answers(make_store, tmp_path, monkeypatch, kind, piece):
     monkeypatch.setattr(saved_context, "PIECE", piece)
     index = IndexConfig(kind=kind, segment=64, ef_search=2)
     store = make_store(tmp_path, index)
@@ -377,7 +403,7 @@ def test_reopening_gives_the_same_answers(tmp_path, monkeypatch, kind, piece):
     state = twin.context.get_state()
     twin.context.close()
 
-    store = store.reopened()
+    store = reopened(make_store, store)
     context = store.context("a/b", streams=2, landmark_dim=LANDMARK)
     twin.context = context
     twin.check()
@@ -398,14 +424,40 @@ def test_reopening_gives_the_same_answers(tmp_path, monkeypatch, kind, piece):
     twin.context = Context.load(store, "a/b")
     twin.check()
     twin.context.delete()
-    assert not store.blocks
-    assert not store.records
+    assert not len(store)
+    assert not store.record_keys()
 
 
-def test_an_empty_context_is_kept(tmp_path):
+def test_a_closing_store_keeps_what_has_a_name(make_store, tmp_path):
+    store = make_store(tmp_path)
+    twin = Twin(store.context("x", streams=2, landmark_dim=LANDMARK))
+    twin.append([0, 1], 9, 1)
+    scratch = twin.fork()
+    scratch.append([0, 1], 8, 2)
+    assert len(store) == 8
+    store = reopened(make_store, store)
+    with pytest.raises(StoreClosedError):
+        twin.context.get_state()
+    with pytest.raises(StoreClosedError):
+        scratch.context.get_state()
+    assert len(store) == 4
+    twin.context = Context.load(store, "x")
+    twin.check()
+
+
+def test_names_mean_nothing_in_a_temporary_store(make_store):
+    store = make_store()
+    context = store.context("x", streams=1, landmark_dim=LANDMARK)
+    context.append([0], tokens(1, 9), marks_of(1, 2))
+    context.close()
+    assert not len(store)
+    assert store.context("x", streams=1, landmark_dim=LANDMARK).tokens(0) == 0
+
+
+def test_an_empty_context_is_kept(make_store, tmp_path):
     store = make_store(tmp_path)
     store.context("empty", streams=2, landmark_dim=LANDMARK).close()
-    store = store.reopened()
+    store = reopened(make_store, store)
     assert saved_context.saved_names(store) == ["empty"]
     context = Context.load(store, "empty")
     assert context.tokens(0) == 0
@@ -415,7 +467,7 @@ def test_an_empty_context_is_kept(tmp_path):
         Context.load(make_store(), "other")
 
 
-def test_what_does_not_fit_the_kept_context_is_refused(tmp_path):
+def test_what_does_not_fit_the_kept_context_is_refused(make_store, tmp_path):
     store = make_store(tmp_path)
     store.context("x", streams=2, landmark_dim=LANDMARK).close()
     with pytest.raises(ValueError, match="'x' was kept with streams 2, not 3"):
@@ -433,7 +485,7 @@ def test_what_does_not_fit_the_kept_context_is_refused(tmp_path):
         store.context("x", streams=2, landmark_dim=LANDMARK)
 
 
-def test_a_lost_piece_is_noticed(tmp_path):
+def test_a_lost_piece_is_noticed(make_store, tmp_path):
     store = make_store(tmp_path)
     store.context("x", streams=1, landmark_dim=LANDMARK).close()
     store.put_record(b"context/x/0/rest/000000", None)
@@ -442,7 +494,7 @@ def test_a_lost_piece_is_noticed(tmp_path):
     assert not store.contexts
 
 
-def test_a_save_that_fails_leaves_the_last_one(tmp_path, monkeypatch):
+def test_a_save_that_fails_leaves_the_last_one(make_store, tmp_path, monkeypatch):
     store = make_store(tmp_path)
     context = store.context("x", streams=1, landmark_dim=LANDMARK)
     context.append([0], tokens(1, 9), marks_of(1, 2))
@@ -467,11 +519,11 @@ def test_a_save_that_fails_leaves_the_last_one(tmp_path, monkeypatch):
     assert again.tokens(0) == 9
     assert len(past(again, 0)[0]) == 9
     again.close()
-    assert all(key.startswith((b"context/x/1/", b"context/x/m")) for key in store.records)
+    assert all(key.startswith((b"context/x/1/", b"context/x/m")) for key in store.record_keys())
 
 
 @pytest.mark.parametrize("order", ["fork first", "kept first", "reopened"])
-def test_kept_contexts_share_blocks(tmp_path, order):
+def test_kept_contexts_share_blocks(make_store, tmp_path, order):
     store = make_store(tmp_path)
     first = Twin(store.context("first", streams=1, landmark_dim=LANDMARK))
     first.append([0], 10 * SIZE, 1)
@@ -481,31 +533,31 @@ def test_kept_contexts_share_blocks(tmp_path, order):
     second.append([0], 3 * SIZE, 2)
     first.append([0], 2 * SIZE, 3)
     scratch.append([0], SIZE, 4)
-    assert len(store.blocks) == 16
+    assert len(store) == 16
     if order == "fork first":
         scratch.context.close()
-        assert len(store.blocks) == 15
+        assert len(store) == 15
         first.context.delete()
     elif order == "kept first":
         second.context.close()
         first.context.close()
         scratch.check()
         scratch.context.close()
-        assert len(store.blocks) == 15
+        assert len(store) == 15
         Context.load(store, "first").delete()
         second.context = Context.load(store, "second")
     else:
         scratch.context.close()
         first.context.close()
         second.context.close()
-        store = store.reopened()
+        store = reopened(make_store, store)
         Context.load(store, "first").delete()
         second.context = Context.load(store, "second")
-    assert len(store.blocks) == 13
+    assert len(store) == 13
     second.check()
     second.context.delete()
-    assert not store.blocks
-    assert not store.records
+    assert not len(store)
+    assert not store.record_keys()
 
 
 def test_a_map_takes_back_what_it_appended():

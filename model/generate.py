@@ -85,7 +85,8 @@ def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> in
     """Draw one byte from logits [256]: nucleus sampling (Holtzman et al. 2020), or the best."""
     if sampling.temperature == 0:
         return int(logits.argmax())
-    share = (logits.float().cpu() / sampling.temperature).softmax(dim=-1)
+    logits = logits.double().cpu()
+    share = ((logits - logits.max()) / sampling.temperature).softmax(dim=-1)  # never inf - inf
     if sampling.top_p < 1:
         ordered, order = share.sort(descending=True)
         outside = ordered.cumsum(dim=-1) - ordered >= sampling.top_p

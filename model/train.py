@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
@@ -195,8 +196,10 @@ def save_state(path: Path, model: Transformer, optimizer: torch.optim.Optimizer,
     partial.replace(path)
 
 
-def load_state(path: Path, model: Transformer, optimizer: torch.optim.Optimizer) -> None:
-    """Read back what `save_state` wrote."""
+def load_state(path: Path, model: Transformer, optimizer: torch.optim.Optimizer) -> int:
+    """Read back what `save_state` wrote; return after how many steps that was."""
+    with safe_open(path, framework="pt") as file:
+        step = int(file.metadata()["step"])
     tensors = load_file(path)
     model.load_state_dict(
         {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
@@ -209,6 +212,7 @@ def load_state(path: Path, model: Transformer, optimizer: torch.optim.Optimizer)
     whole = optimizer.state_dict()
     whole["state"] = state
     optimizer.load_state_dict(whole)
+    return step
 
 
 def train(arguments: argparse.Namespace) -> None:
@@ -232,9 +236,11 @@ def train(arguments: argparse.Namespace) -> None:
     state, log = run / "state.safetensors", run / "log.jsonl"
     step, seconds = 0, 0.0
     if state.exists():
-        load_state(state, model, optimizer)
-        last = [json.loads(line) for line in log.read_text().splitlines()][-1]
-        step, seconds = last["step"], last["seconds"]
+        step = load_state(state, model, optimizer)
+        lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+        lines = [x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= step]
+        log.write_text("".join(lines))  # without what a stopped run did after this state
+        seconds = json.loads(lines[-1])["seconds"] if lines else 0.0
     total = sum(stage.steps for stage in CURRICULUM)
     losses: list[float] = []
     began = time.monotonic() - seconds
@@ -263,9 +269,9 @@ def train(arguments: argparse.Namespace) -> None:
                 model.eval()
                 line |= examine(model, validation, arguments.seed)
                 model.train()
-            save_state(state, model, optimizer, step)
             with log.open("a") as file:
                 file.write(json.dumps(line) + "\n")
+            save_state(state, model, optimizer, step)
             print(json.dumps(line), flush=True)
     info = {
         "corpus": [p.name for p in corpus.names],

@@ -1,0 +1,230 @@
+"""The training loop on a tiny model: stopping anywhere and going on changes nothing."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from model import checkpoint, train
+from model.config import ModelConfig
+from model.data import Tasks
+from model.train import Stage, learning_rate, loss_of, stage_of
+from model.transformer import Transformer
+
+TINY = {"width": 16, "heads": 2, "layers": "lr", "mlp_width": 16, "top_k": 2}
+
+
+class StoppedError(Exception):
+    """Stands for the power going out."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _tiny() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "ModelConfig", lambda family: ModelConfig(family=family, **TINY))
+        patch.setattr(train, "CURRICULUM", (Stage(70, 128, 2, 0), Stage(50, 160, 2, 1)))
+        yield
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("texts")
+    rng = np.random.default_rng(0)
+    for name in ("learnt", "moby_dick", "great_expectations"):
+        words = rng.choice([b"whale ", b"sea ", b"ship ", name.encode() + b" "], 900)
+        (folder / f"{name}.txt").write_bytes(b"".join(words.tolist()))
+    return folder
+
+
+def setting(texts: Path, folder: Path) -> argparse.Namespace:
+    return argparse.Namespace(
+        family="landmark", corpus=texts, validation="moby_dick", leave_out=["great_expectations"],
+        run=folder / "run", out=folder / "out.safetensors", seed=3, lr=1e-2, threads=1,
+        device="cpu",
+    )  # fmt: skip
+
+
+@pytest.fixture
+def arguments(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> argparse.Namespace:
+    monkeypatch.setattr(train, "examine", lambda model, text, seed: {"examined": True})
+    return setting(texts, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def whole(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> argparse.Namespace:
+    """A run from beginning to end in one go."""
+    arguments = setting(texts, tmp_path_factory.mktemp("whole"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "examine", lambda model, text, seed: {"examined": True})
+        train.train(arguments)
+    return arguments
+
+
+def lines(arguments: argparse.Namespace) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (arguments.run / "log.jsonl").read_text().splitlines()]
+
+
+def train_until(step: int, arguments: argparse.Namespace) -> None:
+    drawn = train.batch
+
+    def batch(tasks: Tasks, seed: int, at: int, *sizes: int) -> object:
+        if at == step:
+            raise StoppedError
+        return drawn(tasks, seed, at, *sizes)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "batch", batch)
+        with pytest.raises(StoppedError):
+            train.train(arguments)
+
+
+def losses(arguments: argparse.Namespace) -> list[tuple[object, object]]:
+    return [(line["step"], line["loss"]) for line in lines(arguments)]
+
+
+def assert_same_weights(a: Path, b: Path) -> None:
+    ours, theirs = load_file(a), load_file(b)
+    assert ours.keys() == theirs.keys()
+    for name, weights in ours.items():
+        assert torch.equal(weights, theirs[name]), name
+
+
+def test_a_run_leaves_a_checkpoint_and_a_log(whole: argparse.Namespace) -> None:
+    assert checkpoint.load(str(whole.out)).config == ModelConfig(**TINY)  # type: ignore[arg-type]
+    log = lines(whole)
+    assert [line["step"] for line in log] == [50, 100, 120]
+    assert [line["length"] for line in log] == [128, 160, 160]
+    assert log[-1]["examined"] is True
+    with safe_open(whole.out, framework="pt") as file:
+        info = json.loads(file.metadata()["info"])
+    assert info["corpus"] == ["learnt.txt"]  # what is held out was not trained on
+    assert (info["seed"], info["steps"], info["bytes"]) == (3, 120, 70 * 256 + 50 * 320)
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(
+    whole: argparse.Namespace, arguments: argparse.Namespace
+) -> None:
+    for stop in (60, 110):
+        train_until(stop, arguments)
+        assert not arguments.out.exists()
+    torch.manual_seed(99)  # what other code draws in between does not matter
+    train.train(arguments)
+    assert_same_weights(whole.out, arguments.out)
+    assert losses(arguments) == losses(whole)
+
+    arguments.out.unlink()
+    train.train(arguments)  # at its end a run only writes its weights once more
+    assert_same_weights(whole.out, arguments.out)
+    assert losses(arguments) == losses(whole)
+
+
+@pytest.mark.parametrize("kept", [0, 9])
+def test_a_run_that_died_between_log_and_state_goes_on_too(
+    whole: argparse.Namespace, arguments: argparse.Namespace, kept: int
+) -> None:
+    """The state says by itself how far it is; the log may lag behind it, or end in mid-line."""
+    train_until(101, arguments)
+    log = arguments.run / "log.jsonl"
+    first, second = log.read_text().splitlines(keepends=True)
+    log.write_text(first + second[:kept])
+    train_until(102, arguments)  # goes on at 100 and leaves a whole log
+    assert losses(arguments) == losses(whole)[:1]
+
+
+def test_a_log_ahead_of_the_state_is_cut(
+    whole: argparse.Namespace, arguments: argparse.Namespace
+) -> None:
+    train_until(51, arguments)
+    log = arguments.run / "log.jsonl"
+    log.write_text(log.read_text() + json.dumps({"step": 100, "seconds": 9.0}) + "\n")
+    train.train(arguments)
+    assert losses(arguments) == losses(whole)
+    assert_same_weights(whole.out, arguments.out)
+
+
+def test_training_learns_and_another_seed_learns_otherwise(
+    whole: argparse.Namespace, arguments: argparse.Namespace
+) -> None:
+    first, second, _ = (float(str(loss)) for _, loss in losses(whole))
+    assert second < first
+    arguments.seed = 4
+    train_until(51, arguments)
+    assert losses(arguments)[0] != losses(whole)[0]
+
+
+def test_wrong_corpora_are_refused(arguments: argparse.Namespace, tmp_path: Path) -> None:
+    arguments.validation = "unknown"
+    with pytest.raises(ValueError, match="no text named 'unknown'"):
+        train.train(arguments)
+    arguments.corpus = tmp_path / "nowhere"
+    with pytest.raises(ValueError, match="nowhere"):
+        train.train(arguments)
+
+
+def test_the_learning_rate_rises_and_falls() -> None:
+    rates = [learning_rate(step, 1000, 2e-3, warmup=200) for step in range(1001)]
+    assert rates[0] == pytest.approx(1e-5)
+    assert rates[99] == pytest.approx(1e-3)
+    assert rates[199] == rates[200] == pytest.approx(2e-3)
+    assert rates[600] == pytest.approx(2e-3 * (0.05 + 0.95 / 2))
+    assert rates[1000] == pytest.approx(1e-4)
+    assert rates[:200] == sorted(set(rates[:200]))
+    assert rates[200:] == sorted(set(rates[200:]), reverse=True)
+
+
+def test_stages_follow_one_another() -> None:
+    first, second = Stage(2, 128, 4, 0), Stage(3, 256, 2, 1)
+    assert [stage_of(step, (first, second)) for step in range(6)] == 2 * [first] + 4 * [second]
+
+
+SHIPPED = train.CURRICULUM
+
+
+def test_the_curriculum_holds_whole_blocks_and_distractors_enough() -> None:
+    size = ModelConfig().block_size
+    for stage in SHIPPED:
+        assert stage.length % size == 0
+        assert (stage.count - 1) * (stage.length // size) >= stage.distractors
+
+
+def test_the_loss_counts_weights() -> None:
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(**TINY))  # type: ignore[arg-type]
+    text = torch.randint(0, 256, (2, 64))
+    only = torch.zeros(2, 64)
+    only[1, 40] = 1.0
+    single = loss_of(model, text, only, 0).item()
+    assert math.isfinite(single)
+    assert loss_of(model, text, 5 * only, 0).item() == pytest.approx(single)
+    changed = text.clone()
+    changed[1, 41:] ^= 1  # what comes after the byte that counts
+    changed[0] ^= 1
+    assert loss_of(model, changed, only, 0).item() == pytest.approx(single)
+
+
+@pytest.mark.slow
+def test_the_examination_reports_bits_needles_and_margins() -> None:
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(**TINY)).eval()  # type: ignore[arg-type]
+    held_out = np.frombuffer(
+        b"It was the best of times, it was the worst of times. " * 60, np.uint8
+    )
+    report = train.examine(model, held_out, 0)
+    assert report == train.examine(model, held_out, 0)
+    assert 7 < report["bits_per_byte_512"] < 12  # of an untrained model
+    assert report["found_512"] == report["found_2048"] == 0
+    assert set(report["margin"]) == {"layer0.head0", "layer0.head1"}
+    margin = report["margin"]["layer0.head0"]
+    assert margin["mean"] == sorted(margin["mean"], reverse=True)  # more blocks, more rivals
+    assert all(a <= b for a, b in zip(margin["least"], margin["mean"], strict=True))
+    json.dumps(report)
+    assert not math.isnan(sum(margin["mean"]))

@@ -214,7 +214,7 @@ class Codec:
         spans[:, 1] = nbytes
         rows = zstandard.BufferWithSegments(unit.data, spans.tobytes())
         packed = self._compressor().multi_compress_to_buffer(rows, threads=1)
-        return list(map(memoryview, packed))
+        return [memoryview(packed[row]) for row in range(count)]
 
     def _splice(self, units: list[Bytes2D]) -> list[list[Frame]]:
         """Compress the top unit alone and put the others before it, in the same zstd frame, raw.
@@ -311,7 +311,7 @@ class Codec:
             segments = self._decompressor().multi_decompress_to_buffer(
                 payloads, decompressed_sizes=sizes, threads=1
             )
-        except zstandard.ZstdError as error:
+        except (zstandard.ZstdError, ValueError) as error:
             if count > 1:
                 for row in range(count):
                     self._decompress(ids[row : row + 1], payloads[row : row + 1])
@@ -356,12 +356,12 @@ class Codec:
 
     # What each thread has for itself: zstd contexts are not safe to share.
 
-    def _compressor(self) -> zstandard.ZstdCompressor:
+    def _compressor(self) -> Any:
         if not hasattr(self._local, "compressor"):
             self._local.compressor = zstandard.ZstdCompressor(compression_params=_COMPRESSION)
         return self._local.compressor
 
-    def _decompressor(self) -> zstandard.ZstdDecompressor:
+    def _decompressor(self) -> Any:
         if not hasattr(self._local, "decompressor"):
             self._local.decompressor = zstandard.ZstdDecompressor()
         return self._local.decompressor

@@ -7,16 +7,17 @@ never decides what is stored or dropped, and keeps no table from block to place:
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import json
 import os
+import shutil
 import stat
 import struct
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import lmdb
 import numpy as np
@@ -51,15 +52,10 @@ _RESERVED_PAGES = 64
 _MOST_PACKS, _LEAST_PACKS = 1024, 8  # deleted in one transaction
 _RECLAIMED_PAGES = 16  # copied in one transaction
 
-# How long to wait before a change that found no free pages is tried again, and how large its packs
-# are then: free pages may be enough and yet not lie side by side.
-_ATTEMPTS = (
-    (0.0, _PACK_BYTES),
-    (0.0, _PACK_BYTES),
-    (0.002, _PACK_BYTES),
-    (0.01, _PACK_BYTES // 4),
-    (0.05, 1),
-)
+# How large the packs are when a change is tried again that found too few free pages: there may be
+# enough of them that do not lie side by side.
+_RETRIED_PACK_BYTES = (_PACK_BYTES, _PACK_BYTES, _PACK_BYTES // 4, 1)
+_READ_PATIENCE_SECONDS = 2.0
 
 
 _Change = Callable[[lmdb.Transaction], None]
@@ -101,6 +97,7 @@ class DiskTier:
         self._changing = threading.Lock()
         self._idle = threading.Condition()
         self._operations = 0
+        self._reads: set[object] = set()
         self._closed = False
         self._loose: set[int] | None = None  # packs with deleted blocks in them, once known
         self._check_capacity()
@@ -139,19 +136,22 @@ class DiskTier:
         [n], uint8 [m, plane.nbytes] of which those rows are written. Raises CorruptBlockError
         naming the first block that is not what was written.
         """
-        with self._operation(), self._env.begin(db=self._packs, buffers=True) as transaction:
+        with self._snapshot(self._packs, buffers=True) as transaction:
             numbers = (locations >> _INDEX_BITS).tolist()
             places = (4 * (locations & ((1 << _INDEX_BITS) - 1))).tolist()
+            packs = {}
             try:
-                values = {number: transaction.get(_key(number)) for number in set(numbers)}
+                for number in set(numbers):
+                    packs[number] = memoryview(transaction.get(_key(number), b""))
                 frames = [
-                    _frame(values[number], place)
+                    _frame(packs[number], place)
                     for number, place in zip(numbers, places, strict=True)
                 ]
-            except (TypeError, struct.error):
-                raise self._missing(ids, numbers, places, values) from None
             except lmdb.Error as error:
-                raise self._damaged(error) from None
+                block = ids[numbers.index(number)]
+                raise CorruptBlockError(f"block {block} is damaged on disk: {error}") from None
+            except struct.error:
+                raise self._missing(ids, numbers, places, packs) from None
             self._codec.decode(ids, frames, out, rows)
 
     def delete(self, locations: Locations) -> None:
@@ -180,7 +180,7 @@ class DiskTier:
 
     def scan(self) -> tuple[Ids, Locations]:
         """Return the ids and locations of all blocks, int64 [n] each, oldest first."""
-        with self._operation(), self._env.begin(db=self._directory) as transaction:
+        with self._snapshot(self._directory) as transaction:
             ids, locations = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
             for key, value in transaction.cursor():
                 members = self._members(key, value)
@@ -193,9 +193,9 @@ class DiskTier:
         """Yield the id and the frame of every block, unverified: for checks and measurements."""
         ids, locations = self.scan()
         for block, location in zip(ids.tolist(), locations.tolist(), strict=True):
-            with self._operation(), self._env.begin(db=self._packs, buffers=True) as transaction:
-                value = transaction.get(_key(location >> _INDEX_BITS))
-                frame = bytes(_frame(value, 4 * (location & ((1 << _INDEX_BITS) - 1))))
+            with self._snapshot(self._packs, buffers=True) as transaction:
+                pack = memoryview(transaction.get(_key(location >> _INDEX_BITS), b""))
+                frame = bytes(_frame(pack, 4 * (location & ((1 << _INDEX_BITS) - 1))))
             yield block, frame
 
     # Small records
@@ -223,14 +223,14 @@ class DiskTier:
 
     def get_meta(self, key: bytes) -> bytes | None:
         """Return a record, or None. A damaged one raises CorruptBlockError naming its key."""
-        with self._operation(), self._env.begin(db=self._records) as transaction:
-            value = transaction.get(key)
-            return None if value is None else _unseal(key, value, f"record {key!r}")
+        with self._snapshot(self._records) as transaction:
+            value = _held(transaction, key, self._records)
+            return _unseal(key, value, f"record {key!r}") if value else None
 
     def meta_keys(self, prefix: bytes = b"") -> list[bytes]:
         """Return the keys that begin with `prefix`, sorted."""
         keys = []
-        with self._operation(), self._env.begin(db=self._records) as transaction:
+        with self._snapshot(self._records) as transaction:
             cursor = transaction.cursor()
             found = cursor.set_range(prefix) if prefix else cursor.first()
             while found and cursor.key().startswith(prefix):
@@ -248,7 +248,7 @@ class DiskTier:
     @property
     def used_bytes(self) -> int:
         """Bytes of the pages in use. Pages that deletion freed stay in the file, to be reused."""
-        with self._operation(), self._env.begin() as transaction:
+        with self._snapshot() as transaction:
             return self._pages_in_use(transaction) * self._page
 
     @property
@@ -336,8 +336,8 @@ class DiskTier:
     def _check_format(self, transaction: lmdb.Transaction) -> None:
         """Compare the file's format with this one, or record it in a new file."""
         wanted = {"format": FORMAT_VERSION, "planes": self._codec.description}
-        value = transaction.get(_FORMAT_KEY)
-        if value is None:
+        value = _held(transaction, _FORMAT_KEY)
+        if not value:
             if transaction.stat()["entries"]:
                 raise ValueError(f"{self.directory} holds an LMDB file that is no store")
             transaction.put(_FORMAT_KEY, _seal(_FORMAT_KEY, json.dumps(wanted).encode()))
@@ -355,9 +355,9 @@ class DiskTier:
                 f"{self.directory} holds blocks of {found.get('planes')}, not of "
                 f"{wanted['planes']}: use another directory"
             )
-        value = transaction.get(_COUNTERS_KEY)
+        value = _held(transaction, _COUNTERS_KEY)
         self._next_pack, self._blocks = struct.unpack(
-            "<QQ", _unseal(_COUNTERS_KEY, value or b"", f"the store in {self.directory}")
+            "<QQ", _unseal(_COUNTERS_KEY, value, f"the store in {self.directory}")
         )
 
     # Changing
@@ -398,8 +398,8 @@ class DiskTier:
             loose.clear()
             for number, places in doomed:
                 key = _key(number)
-                value = transaction.get(key, db=self._directory)
-                members = np.empty(0, np.int64) if value is None else self._members(key, value)
+                value = _held(transaction, key, self._directory)
+                members = self._members(key, value) if value else np.empty(0, np.int64)
                 if (places >= len(members)).any() or (members[places] < 0).any():
                     raise KeyError(f"no block is stored in pack {number} at {places.tolist()}")
                 members[places] = _DEAD
@@ -420,42 +420,49 @@ class DiskTier:
 
         plan: returns the change, given how large its packs should be. pages: what it needs.
         """
-        counters = self._next_pack, self._blocks
-        for pause, pack_bytes in _ATTEMPTS:
+        pack_bytes = _PACK_BYTES
+        retries = iter(_RETRIED_PACK_BYTES)
+        while True:
             try:
-                with self._env.begin(write=True) as transaction:
-                    plan(pack_bytes)(transaction)
-                    transaction.put(_COUNTERS_KEY, self._counters())
+                self._commit(plan(pack_bytes))
                 return
             except _NoRoom:
-                self._next_pack, self._blocks = counters
                 if not self._reclaim(pages):
                     break
             except lmdb.MapFullError:
-                # Pages are free but not yet for use: the last transaction or a running read may
-                # need what was in them. One more transaction releases those of the last.
-                self._next_pack, self._blocks = counters
-                time.sleep(pause)
-                self._pass()
+                pack_bytes = next(retries, 0)
+                if not pack_bytes:
+                    break
+                self._release_pages()
             except lmdb.Error as error:
-                self._next_pack, self._blocks = counters
-                raise self._write_error(error, what) from None
-            except BaseException:
-                self._next_pack, self._blocks = counters
-                raise
+                raise self._write_error(error, what, pages) from None
         raise StoreFullError(
             f"the cold tier is full: no room for {what} of {pages * self._page} B in its "
             f"{self.capacity_bytes} B"
         )
 
+    def _release_pages(self) -> None:
+        """Make freed pages usable that a running read or the last transaction may still need."""
+        with self._idle:
+            running = set(self._reads)
+            self._idle.wait_for(lambda: not running & self._reads, _READ_PATIENCE_SECONDS)
+        with contextlib.suppress(lmdb.Error):
+            self._commit(lambda _: None)
+
+    def _commit(self, change: _Change) -> None:
+        counters = self._next_pack, self._blocks
+        try:
+            with self._env.begin(write=True) as transaction:
+                change(transaction)
+                transaction.put(_COUNTERS_KEY, self._counters())
+        except BaseException:
+            self._next_pack, self._blocks = counters
+            raise
+
     def _require(self, transaction: lmdb.Transaction, pages: int) -> None:
         """Refuse to use the reserve."""
         if self._pages_in_use(transaction) + pages > self._writable_pages:
             raise _NoRoom
-
-    def _pass(self) -> None:
-        with contextlib.suppress(lmdb.Error), self._env.begin(write=True) as transaction:
-            transaction.put(_COUNTERS_KEY, self._counters())
 
     def _reclaim(self, pages: int) -> bool:
         """Copy packs without their deleted blocks until `pages` are gained; say whether any were.
@@ -469,33 +476,38 @@ class DiskTier:
                     for key, value in transaction.cursor()
                     if (self._members(key, value) == _DEAD).any()
                 }
-        gained = failures = 0
-        while self._loose and gained < pages and failures < len(_ATTEMPTS):
-            batch: set[int] = set()
-            copied = found = 0
+        gained = 0
+        retries = len(_RETRIED_PACK_BYTES)
+        while self._loose and gained < pages and retries:
+            shrunk: dict[int, int] = {}
             try:
-                with self._env.begin(write=True) as transaction:
-                    for number in self._loose:
-                        before, after = self._shrink(transaction, _key(number))
-                        batch.add(number)
-                        copied += after
-                        found += before - after
-                        if copied >= _RECLAIMED_PAGES or gained + found >= pages:
-                            break
+                self._commit(partial(self._shrink_some, sorted(self._loose), shrunk))
             except lmdb.MapFullError:
-                failures += 1
-                self._pass()
+                retries -= 1
+                self._release_pages()
                 continue
             except lmdb.Error as error:
-                raise self._write_error(error, "what is left of packs") from None
-            self._loose -= batch
-            gained += found
+                raise self._write_error(error, "what is left of packs", pages) from None
+            self._loose -= shrunk.keys()
+            gained += sum(shrunk.values())
         return gained > 0
+
+    def _shrink_some(
+        self, numbers: list[int], shrunk: dict[int, int], transaction: lmdb.Transaction
+    ) -> None:
+        """Shrink packs until enough is copied for one transaction; notes the pages gained."""
+        copied = 0
+        for number in numbers:
+            before, after = self._shrink(transaction, _key(number))
+            shrunk[number] = before - after
+            copied += after
+            if copied >= _RECLAIMED_PAGES:
+                return
 
     def _shrink(self, transaction: lmdb.Transaction, key: bytes) -> tuple[int, int]:
         """Copy a pack without its deleted blocks; returns its pages before and after."""
-        members = self._members(key, transaction.get(key, db=self._directory))
-        pack = memoryview(transaction.get(key, db=self._packs))
+        members = self._members(key, _held(transaction, key, self._directory))
+        pack = memoryview(_held(transaction, key, self._packs))
         frames = [
             bytes(_frame(pack, 4 * place)) if alive else b""
             for place, alive in enumerate((members >= 0).tolist())
@@ -542,6 +554,18 @@ class DiskTier:
                 self._operations -= 1
                 self._idle.notify_all()
 
+    @contextlib.contextmanager
+    def _snapshot(self, table: Any = None, buffers: Any = False) -> Iterator[Any]:
+        """Read the file as it is now, whatever is written meanwhile."""
+        with self._operation():
+            token = object()
+            self._reads.add(token)
+            try:
+                with self._env.begin(db=table, buffers=buffers) as transaction:
+                    yield transaction
+            finally:
+                self._reads.discard(token)
+
     def _members(self, key: bytes, value: bytes) -> npt.NDArray[np.int64]:
         name = f"the directory of pack {int.from_bytes(key, 'big')}"
         return np.frombuffer(_unseal(key, value, name), "<i8").astype(np.int64)
@@ -551,12 +575,11 @@ class DiskTier:
         ids: Ids,
         numbers: list[int],
         places: list[int],
-        values: dict[int, memoryview | None],
+        packs: dict[int, memoryview],
     ) -> CorruptBlockError:
         """Find the first block whose place is not there."""
         for block, number, place in zip(ids.tolist(), numbers, places, strict=True):
-            value = values[number]
-            if value is None or len(value) < place + 8:
+            if len(packs[number]) < place + 8:
                 return CorruptBlockError(
                     f"block {block} is not on disk where it was written, in pack {number}"
                 )
@@ -565,10 +588,11 @@ class DiskTier:
     def _damaged(self, error: Exception) -> CorruptBlockError:
         return CorruptBlockError(f"the store in {self.directory} is damaged: {error}")
 
-    def _write_error(self, error: lmdb.Error, what: str) -> Exception:
-        code = error.args[1] if len(error.args) > 1 else None
-        if isinstance(error, lmdb.DiskError) or code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            return StoreFullError(f"the disk under {self.directory} is full: {what} not stored")
+    def _write_error(self, error: lmdb.Error, what: str, pages: int) -> Exception:
+        # A write that a full disk cut short is an input/output error to LMDB.
+        free = shutil.disk_usage(self.directory).free
+        if isinstance(error, lmdb.DiskError) or free < (pages + _RESERVED_PAGES) * self._page:
+            return StoreFullError(f"the disk under {self.directory} is full: no room for {what}")
         return WriteFailedError(f"{what} could not be written to {self.directory}: {error}")
 
 
@@ -628,6 +652,11 @@ def _int64(ids: Ids) -> bytes:
 
 def _key(number: int) -> bytes:
     return number.to_bytes(8, "big")
+
+
+def _held(transaction: lmdb.Transaction, key: bytes, table: Any = None) -> bytes:
+    """Return a value, or b"" where there is none: every value of ours has a checksum at least."""
+    return bytes(transaction.get(key, b"", db=table))
 
 
 def _seal(key: bytes, payload: bytes) -> bytes:

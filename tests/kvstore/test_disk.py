@@ -1,0 +1,707 @@
+"""The disk tier: what was written comes back, the capacity holds, and damage is named."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import signal
+import stat
+import threading
+from functools import lru_cache
+
+import lmdb
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from kvstore.block import BlockSpec
+from kvstore.errors import CorruptBlockError, StoreClosedError, StoreFullError
+from kvstore.tiers.disk import DiskTier
+
+SPEC = BlockSpec.kv(16, 64)  # 4 KiB a block, about 2.9 KiB compressed
+PLANE = SPEC.planes[0].nbytes
+CAPACITY = 16 << 20
+
+
+@lru_cache(maxsize=4096)
+def content(block):
+    """The two planes of a block: a function of its id."""
+    generator = np.random.default_rng(block)
+    values = generator.normal(size=(2, PLANE // 2)).astype(np.float32)
+    return (values.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)
+
+
+def planes(ids):
+    both = [content(int(block)) for block in ids]
+    empty = np.empty((0, PLANE), np.uint8)
+    return [np.stack([pair[plane] for pair in both]) if both else empty for plane in (0, 1)]
+
+
+def write(tier, ids):
+    ids = np.asarray(ids, np.int64)
+    return tier.write(ids, planes(ids))
+
+
+def read(tier, ids, locations):
+    ids, locations = np.asarray(ids, np.int64), np.asarray(locations, np.int64)
+    out = [np.zeros((len(ids), PLANE), np.uint8) for _ in range(2)]
+    tier.read(ids, locations, out)
+    return out
+
+
+def assert_stored(tier, ids, locations):
+    for wanted, found in zip(planes(ids), read(tier, ids, locations), strict=True):
+        assert (wanted == found).all()
+
+
+def in_child(work):
+    """Run `work` in a process that may die of it; returns the exit status, 0 for success."""
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+            os._exit(0)
+        except BaseException as error:
+            os.write(2, repr(error).encode())
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def size_on_disk(directory):
+    return sum(file.stat().st_size for file in directory.iterdir())
+
+
+@pytest.fixture
+def directory(tmp_path):
+    return tmp_path / "store"
+
+
+@pytest.fixture
+def tier(directory):
+    with_blocks = DiskTier(directory, SPEC, CAPACITY)
+    yield with_blocks
+    with_blocks.close()
+
+
+# What it keeps
+
+
+def test_blocks_come_back_in_any_order(tier):
+    locations = np.concatenate([write(tier, range(200)), write(tier, [1000]), write(tier, [])])
+    ids = np.append(np.arange(200), 1000)
+    assert len(np.unique(locations)) == 201 == tier.block_count
+    assert_stored(tier, ids, locations)
+    order = np.random.default_rng(0).permutation(201)
+    assert_stored(tier, ids[order], locations[order])
+    assert_stored(tier, [7, 7, 1000, 7], locations[[7, 7, 200, 7]])
+    assert_stored(tier, ids[:1], locations[:1])
+    read(tier, [], [])
+
+
+def test_blocks_go_to_the_rows_asked_for(tier):
+    ids = np.arange(5)
+    locations = write(tier, ids)
+    out = [np.zeros((9, PLANE), np.uint8) for _ in range(2)]
+    rows = np.array([8, 0, 3, 2, 6])
+    tier.read(ids, locations, out, rows)
+    assert (out[1][rows] == planes(ids)[1]).all()
+    assert not out[1][[1, 4, 5, 7]].any()
+
+
+def test_neighbours_share_values_of_64_kib(tier, directory):
+    locations = write(tier, range(400))
+    stored = sum(len(frame) for _, frame in tier.frames())
+    packs = len(np.unique(locations >> 16))
+    assert stored / packs >= 1 << 16
+    assert tier.used_bytes < 1.06 * stored + 20 * 4096
+    assert tier.used_bytes < 0.8 * 400 * SPEC.nbytes
+    assert [block for block, _ in tier.frames()] == list(range(400))
+
+
+@pytest.mark.parametrize("durable", [False, True])
+def test_everything_is_there_after_reopening(directory, durable):
+    tier = DiskTier(directory, SPEC, CAPACITY, durable=durable)
+    locations = write(tier, range(100))
+    tier.delete(locations[10:60])
+    tier.put_meta({b"context/a": b"state", b"context/b": b"", b"other": bytes(100_000)})
+    kept = np.r_[0:10, 60:100]
+    tier.close()
+    tier = DiskTier(directory, SPEC, CAPACITY)
+    ids, found = tier.scan()
+    assert ids.tolist() == kept.tolist()
+    assert found.tolist() == locations[kept].tolist()
+    assert tier.block_count == 50
+    assert_stored(tier, ids, found)
+    assert tier.get_meta(b"context/a") == b"state"
+    assert tier.get_meta(b"context/b") == b""
+    assert tier.get_meta(b"context") is None
+    assert tier.get_meta(b"other") == bytes(100_000)
+    assert tier.meta_keys(b"context/") == [b"context/a", b"context/b"]
+    assert tier.meta_keys() == [b"context/a", b"context/b", b"other"]
+    tier.put_meta({b"context/a": None, b"absent": None, b"new": b"1"})
+    assert tier.meta_keys() == [b"context/b", b"new", b"other"]
+    tier.close()
+
+
+def test_the_numbers_of_packs_are_never_used_again(directory):
+    seen = set()
+    for turn in range(3):
+        tier = DiskTier(directory, SPEC, CAPACITY)
+        for _ in range(2):
+            locations = write(tier, range(turn, turn + 40))
+            assert not seen & set(locations.tolist())
+            seen |= set(locations.tolist())
+            tier.delete(locations)
+        assert tier.block_count == 0
+        tier.close()
+
+
+def test_a_pack_goes_when_its_last_block_goes(tier):
+    empty = tier.used_bytes
+    locations = write(tier, range(100))
+    full = tier.used_bytes
+    tier.delete(locations[::2])
+    assert tier.block_count == 50
+    assert_stored(tier, np.arange(1, 100, 2), locations[1::2])
+    tier.delete(locations[1::2])
+    assert tier.used_bytes <= empty + 2 * 4096 < full
+    assert tier.scan()[0].tolist() == []
+
+
+def test_deleting_what_is_not_there_changes_nothing(tier):
+    locations = write(tier, range(100))
+    tier.delete(locations[:1])
+    for wrong in ([locations[1], locations[0]], [locations[1], 1 << 40], [locations[2] + 5000]):
+        with pytest.raises(KeyError, match="no block"):
+            tier.delete(np.array(wrong))
+    assert tier.block_count == 99
+    assert_stored(tier, np.arange(1, 100), locations[1:])
+    assert len(tier.scan()[0]) == 99
+
+
+# Its capacity
+
+
+def fill(tier, directory, first=0, batch=7):
+    """Write until it is full; the files are measured at every step."""
+    ids, locations = [], []
+    while True:
+        fresh = list(range(first, first + batch))
+        try:
+            locations += write(tier, fresh).tolist()
+        except StoreFullError:
+            assert size_on_disk(directory) <= tier.capacity_bytes
+            return ids, locations
+        ids += fresh
+        first += batch
+        assert size_on_disk(directory) <= tier.capacity_bytes
+        assert tier.file_bytes <= tier.capacity_bytes
+        assert tier.used_bytes <= tier.file_bytes
+
+
+def test_a_full_tier_refuses_whole_batches_and_reads_on(directory):
+    tier = DiskTier(directory, SPEC, 2 << 20)
+    ids, locations = fill(tier, directory)
+    assert len(ids) * SPEC.nbytes > 0.95 * tier.capacity_bytes
+    assert tier.block_count == len(ids)
+    assert_stored(tier, ids, locations)
+    with pytest.raises(StoreFullError, match="2097152 B"):
+        write(tier, range(5000, 5800))
+    with pytest.raises(StoreFullError, match="1 records"):
+        tier.put_meta({b"large": bytes(1 << 20)})
+    tier.close()
+    tier = DiskTier(directory, SPEC, 2 << 20)
+    assert tier.scan()[0].tolist() == ids
+    assert_stored(tier, ids, locations)
+    tier.close()
+
+
+def test_a_full_tier_can_delete_and_write_again(directory):
+    tier = DiskTier(directory, SPEC, 4 << 20)
+    batch = 23  # a pack
+    ids, locations = fill(tier, directory, batch=batch)
+    held = dict(zip(ids, locations, strict=True))
+    generator = np.random.default_rng(1)
+    most = len(held)
+    for turn in range(1, 8):
+        gone = generator.permutation(list(held))[: most // 3].tolist()
+        tier.delete(np.array([held.pop(block) for block in gone]))
+        assert size_on_disk(directory) <= tier.capacity_bytes
+        ids, locations = fill(tier, directory, first=turn * 10_000, batch=batch)
+        assert len(ids) + batch > 0.8 * len(gone)
+        held |= dict(zip(ids, locations, strict=True))
+        assert_stored(tier, list(held), list(held.values()))
+    tier.delete(np.array(list(held.values())))
+    assert tier.block_count == 0
+    assert len(fill(tier, directory, batch=batch)[0]) >= most - batch
+    tier.close()
+
+
+def test_a_full_tier_deletes_one_by_one(directory):
+    tier = DiskTier(directory, SPEC, 1 << 20)
+    ids, locations = fill(tier, directory)
+    for index, location in enumerate(locations):
+        tier.delete(np.array([location]))
+        assert_stored(tier, ids[index + 1 :], locations[index + 1 :])
+    assert tier.block_count == 0
+    tier.close()
+
+
+def test_changes_wait_for_pages_that_a_read_still_needs(directory):
+    tier = DiskTier(directory, SPEC, 1 << 20)
+    ids, locations = fill(tier, directory)
+    reading, enough = threading.Event(), threading.Event()
+
+    def hold():
+        with tier._snapshot():
+            reading.set()
+            enough.wait(0.5)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    reading.wait()
+    for location in locations[: len(ids) // 2]:
+        tier.delete(np.array([location]))
+    fresh = write(tier, range(9000, 9020))
+    assert_stored(tier, range(9000, 9020), fresh)
+    thread.join()
+    tier.close()
+
+
+def test_capacities_that_cannot_be_held_are_refused(directory):
+    with pytest.raises(ValueError, match="cannot hold one block") as refused:
+        DiskTier(directory, SPEC, 100_000)
+    assert not directory.exists()
+    least = int(str(refused.value).split()[-2])
+    tier = DiskTier(directory, SPEC, least)
+    locations = write(tier, [1])
+    tier.delete(locations)
+    write(tier, [2])
+    tier.close()
+    large = DiskTier(directory, SPEC, CAPACITY)
+    write(large, range(1000))
+    large.close()
+    with pytest.raises(ValueError, match=f"cannot be {least} B"):
+        DiskTier(directory, SPEC, least)
+
+
+def test_blocks_larger_than_a_pack(directory):
+    spec = BlockSpec.kv(512, 128)
+    tier = DiskTier(directory, spec, 2 << 20)
+    noise = np.random.default_rng(0).integers(0, 256, (2, 3, spec.nbytes // 2), np.uint8)
+    locations = tier.write(np.arange(3), list(noise))
+    assert len(np.unique(locations >> 16)) == 3
+    out = [np.zeros_like(noise[0]) for _ in range(2)]
+    tier.read(np.arange(3), locations, out)
+    assert (np.stack(out) == noise).all()
+    with pytest.raises(StoreFullError):
+        tier.write(np.arange(3, 9), [np.tile(plane, (2, 1)) for plane in noise])
+    tier.delete(locations[:1])
+    tier.write(np.arange(3, 4), [plane[:1] for plane in noise])
+    tier.close()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_full_disk_is_a_full_store(directory, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 0))
+
+    def work():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+        tier = DiskTier(directory, SPEC, CAPACITY)
+        locations = write(tier, range(200))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
+        with pytest.raises(StoreFullError, match=r"the disk under .* is full"):
+            write(tier, range(1000, 1400))
+        assert tier.block_count == 200
+        assert_stored(tier, range(200), locations)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+        more = write(tier, range(1000, 1400))
+        assert_stored(tier, range(1000, 1400), more)
+        assert_stored(tier, range(200), locations)
+        tier.close()
+
+    assert in_child(work) == 0
+
+
+# Where it may be
+
+
+def test_its_files_are_for_its_owner_alone(tier, directory):
+    assert stat.S_IMODE(directory.stat().st_mode) == 0o700
+    assert {stat.S_IMODE(file.stat().st_mode) for file in directory.iterdir()} == {0o600}
+
+
+def one_line(error):
+    assert "\n" not in str(error.value)
+
+
+def test_a_path_that_is_a_file_is_refused(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"mine")
+    for wrong in (path, path / "below"):
+        with pytest.raises(ValueError, match="file") as error:
+            DiskTier(wrong, SPEC, CAPACITY)
+        one_line(error)
+    assert path.read_bytes() == b"mine"
+
+
+def test_a_directory_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="cannot use /proc/store") as error:
+        DiskTier("/proc/store", SPEC, CAPACITY)
+    one_line(error)
+    # A test may run as root, who may write everywhere.
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(ValueError, match="not writable") as error:
+        DiskTier(tmp_path, SPEC, CAPACITY)
+    one_line(error)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_read_only_directory_is_refused(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(ValueError, match="not writable"):
+        DiskTier(tmp_path, SPEC, CAPACITY)
+
+
+def test_a_store_in_use_is_refused(tier, directory):
+    with pytest.raises(ValueError, match="in use"):
+        DiskTier(directory, SPEC, CAPACITY)
+    tier.close()
+    DiskTier(directory, SPEC, CAPACITY).close()
+
+
+def test_another_specification_is_refused(directory):
+    DiskTier(directory, SPEC, CAPACITY).close()
+    with pytest.raises(ValueError, match=r"keys:bfloat16\[16,64\].*use another directory") as error:
+        DiskTier(directory, BlockSpec.kv(16, 64, torch.float16), CAPACITY)
+    one_line(error)
+    DiskTier(directory, SPEC, CAPACITY).close()
+
+
+def test_another_format_is_refused(directory, monkeypatch):
+    monkeypatch.setattr("kvstore.tiers.disk.FORMAT_VERSION", 2)
+    DiskTier(directory, SPEC, CAPACITY).close()
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="format 2, this program reads 1"):
+        DiskTier(directory, SPEC, CAPACITY)
+
+
+def test_an_lmdb_file_of_something_else_is_refused(directory):
+    directory.mkdir()
+    with lmdb.open(str(directory)) as other, other.begin(write=True) as transaction:
+        transaction.put(b"mine", b"1")
+    with pytest.raises(ValueError, match="no store"):
+        DiskTier(directory, SPEC, CAPACITY)
+
+
+# Damage
+
+
+def test_a_damaged_block_is_named_and_the_others_are_read(tier, directory):
+    locations = write(tier, range(60))
+    frames = dict(tier.frames())
+    tier.close()
+    data = (directory / "data.mdb").read_bytes()
+    place = data.index(frames[33]) + len(frames[33]) // 2
+    with (directory / "data.mdb").open("r+b") as file:
+        file.seek(place)
+        file.write(bytes([data[place] ^ 16]))
+    damaged = DiskTier(directory, SPEC, CAPACITY)
+    with pytest.raises(CorruptBlockError, match="block 33 "):
+        read(damaged, range(60), locations)
+    others = np.delete(np.arange(60), 33)
+    assert_stored(damaged, others, locations[others])
+    damaged.close()
+
+
+def test_a_location_of_another_block_is_noticed(tier):
+    locations = write(tier, range(10))
+    with pytest.raises(CorruptBlockError, match=r"block 4 .* holds the frame of block 5"):
+        read(tier, [3, 4], locations[[3, 5]])
+    for nowhere in (1 << 30, locations[4] + 200):
+        with pytest.raises(CorruptBlockError, match="block 4 "):
+            read(tier, [3, 4], [locations[3], nowhere])
+    tier.delete(locations[4:5])
+    tier.delete(locations[:4])
+    assert_stored(tier, range(5, 10), locations[5:])
+
+
+def test_damage_anywhere_is_never_read_as_a_block(directory):
+    """Flip bytes all over a file's values, in tables and records too."""
+    tier = DiskTier(directory, SPEC, CAPACITY)
+    locations = write(tier, range(40))
+    tier.put_meta({b"key": bytes(range(256)) * 30})
+    _, frame = next(tier.frames())
+    tier.close()
+    path = directory / "data.mdb"
+    good = path.read_bytes()
+    record = good.index(bytes(range(256)) * 30)
+    table = good.index(frame) - 4 * (40 + 1)
+    generator = np.random.default_rng(3)
+    places = [record - 3, record + 5, *(table + generator.integers(0, 4 * 41, 60)).tolist()]
+
+    def read_everything():
+        assert_stored(tier, range(40), locations)
+        assert tier.get_meta(b"key") == bytes(range(256)) * 30
+
+    for place in places:
+        damaged = bytearray(good)
+        damaged[place] ^= 1 << int(generator.integers(8))
+        path.write_bytes(damaged)
+        tier = DiskTier(directory, SPEC, CAPACITY)
+        with pytest.raises(CorruptBlockError, match=r"block \d+ |record b'key'"):
+            read_everything()
+        tier.close()
+    path.write_bytes(good)
+    tier = DiskTier(directory, SPEC, CAPACITY)
+    read_everything()
+    tier.close()
+
+
+def test_a_damaged_directory_is_noticed(directory):
+    tier = DiskTier(directory, SPEC, CAPACITY)
+    write(tier, range(1_000_000, 1_000_005))
+    tier.close()
+    path = directory / "data.mdb"
+    good = path.read_bytes()
+    place = good.rindex(np.arange(1_000_000, 1_000_005, dtype="<i8").tobytes())
+    path.write_bytes(good[:place] + b"\xff" + good[place + 1 :])
+    tier = DiskTier(directory, SPEC, CAPACITY)
+    with pytest.raises(CorruptBlockError, match="directory of pack 0"):
+        tier.scan()
+    tier.close()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("keep", [0.01, 0.1, 0.5, 0.9, 0.99])
+def test_a_file_cut_short_does_not_kill_the_process(directory, keep):
+    tier = DiskTier(directory, SPEC, CAPACITY)
+    locations = write(tier, range(300))
+    tier.close()
+    path = directory / "data.mdb"
+    os.truncate(path, int(keep * path.stat().st_size))
+
+    def work():
+        with pytest.raises(CorruptBlockError, match=r"damaged|not on disk"):
+            read(DiskTier(directory, SPEC, CAPACITY), range(300), locations)
+
+    assert in_child(work) == 0
+
+
+def test_a_file_of_something_else_is_damage(directory):
+    directory.mkdir()
+    (directory / "data.mdb").write_bytes(b"something else" * 5000)
+    with pytest.raises(CorruptBlockError, match="damaged") as error:
+        DiskTier(directory, SPEC, CAPACITY)
+    one_line(error)
+
+
+# Threads and processes
+
+
+def test_one_thread_reads_while_others_write_and_delete(tier):
+    ids = np.arange(200)
+    locations = write(tier, ids)
+    stop = threading.Event()
+    failures = []
+
+    def guarded(work):
+        def run():
+            try:
+                while not stop.is_set():
+                    work()
+            except BaseException as error:
+                failures.append(error)
+
+        return threading.Thread(target=run)
+
+    generator = np.random.default_rng(5)
+
+    def reading():
+        some = generator.integers(0, 200, 30)
+        assert_stored(tier, ids[some], locations[some])
+
+    def writing(first):
+        def work():
+            fresh = write(tier, range(first, first + 50))
+            assert_stored(tier, range(first, first + 50), fresh)
+            tier.delete(fresh)
+
+        return work
+
+    threads = [guarded(reading), guarded(writing(1000)), guarded(writing(2000))]
+    for thread in threads:
+        thread.start()
+    stop.wait(1.5)
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert tier.block_count == 200
+    assert sorted(tier.scan()[0].tolist()) == ids.tolist()
+
+
+def test_closing_waits_for_a_read_and_refuses_the_next(tier):
+    locations = write(tier, range(300))
+    outcomes = []
+
+    def reading():
+        try:
+            while True:
+                assert_stored(tier, range(300), locations)
+                outcomes.append("read")
+        except StoreClosedError:
+            outcomes.append("closed")
+
+    thread = threading.Thread(target=reading)
+    thread.start()
+    while not outcomes:
+        pass
+    tier.close()
+    thread.join()
+    assert outcomes[-1] == "closed"
+    for work in (
+        tier.scan,
+        tier.sync,
+        lambda: write(tier, [1]),
+        lambda: tier.delete(locations),
+        lambda: tier.get_meta(b"key"),
+        lambda: tier.put_meta({b"key": b"1"}),
+        lambda: tier.used_bytes,
+    ):
+        with pytest.raises(StoreClosedError):
+            work()
+    tier.close()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_forked_child_is_refused(tier):
+    locations = write(tier, range(3))
+
+    def work():
+        with pytest.raises(StoreClosedError, match="another process"):
+            read(tier, range(3), locations)
+        tier.close()
+
+    assert in_child(work) == 0
+    assert_stored(tier, range(3), locations)
+
+
+def test_records_with_bad_keys_are_refused(tier):
+    for key in (b"", b"k" * 501):
+        with pytest.raises(ValueError, match="key"):
+            tier.put_meta({b"good": b"1", key: b"2"})
+    assert tier.meta_keys() == []
+
+
+# Against a dict
+
+
+class DiskMachine(RuleBasedStateMachine):
+    """A small tier that is full most of the time, against a dict of its blocks."""
+
+    root = None
+
+    @initialize(capacity=st.integers(700_000, 1_200_000))
+    def open(self, capacity):
+        self.directory = type(self).root / str(np.random.default_rng().integers(1 << 62))
+        self.capacity = capacity
+        self.tier = DiskTier(self.directory, SPEC, capacity)
+        self.held = {}
+        self.records = {}
+        self.next_id = 0
+
+    @rule(count=st.integers(1, 120))
+    def write(self, count):
+        ids = range(self.next_id, self.next_id + count)
+        self.next_id += count
+        try:
+            locations = write(self.tier, ids).tolist()
+        except StoreFullError:
+            return
+        assert not set(locations) & set(self.held.values())
+        self.held |= dict(zip(ids, locations, strict=True))
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data(), share=st.floats(0, 1))
+    def delete(self, data, share):
+        seed = data.draw(st.integers(0, 1000))
+        gone = np.random.default_rng(seed).permutation(list(self.held))
+        gone = gone[: max(1, int(share * len(gone)))].tolist()
+        self.tier.delete(np.array([self.held.pop(block) for block in gone]))
+
+    @precondition(lambda self: self.held)
+    @rule(seed=st.integers(0, 1000), count=st.integers(1, 40))
+    def read(self, seed, count):
+        ids = np.random.default_rng(seed).choice(list(self.held), count)
+        assert_stored(self.tier, ids, [self.held[int(block)] for block in ids])
+
+    @rule(name=st.sampled_from([b"a", b"b", b"c"]), size=st.integers(0, 30_000))
+    def put(self, name, size):
+        try:
+            self.tier.put_meta({name: bytes(size)})
+        except StoreFullError:
+            return
+        self.records[name] = size
+
+    @rule(name=st.sampled_from([b"a", b"b", b"c"]))
+    def drop(self, name):
+        self.tier.put_meta({name: None})
+        self.records.pop(name, None)
+
+    @rule()
+    def reopen(self):
+        self.tier.close()
+        self.tier = DiskTier(self.directory, SPEC, self.capacity)
+
+    @invariant()
+    def holds_what_it_should(self):
+        ids, locations = self.tier.scan()
+        assert dict(zip(ids.tolist(), locations.tolist(), strict=True)) == self.held
+        assert self.tier.block_count == len(self.held)
+        assert self.tier.meta_keys() == sorted(self.records)
+        for name, size in self.records.items():
+            assert self.tier.get_meta(name) == bytes(size)
+        assert size_on_disk(self.directory) <= self.capacity
+        assert self.tier.used_bytes <= self.tier.file_bytes <= self.capacity
+
+    def teardown(self):
+        if hasattr(self, "tier"):
+            if self.held:
+                assert_stored(self.tier, list(self.held), list(self.held.values()))
+            self.tier.close()
+
+
+def run_machine(tmp_path, examples, steps):
+    DiskMachine.root = tmp_path
+    run_state_machine_as_test(
+        DiskMachine,
+        settings=settings(
+            max_examples=examples,
+            stateful_step_count=steps,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
+
+
+def test_against_a_dict(tmp_path):
+    run_machine(tmp_path, 15, 25)
+
+
+@pytest.mark.slow
+def test_against_a_dict_at_length(tmp_path):
+    run_machine(tmp_path, 300, 50)

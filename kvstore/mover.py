@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 from kvstore.block import BlockSpec
 from kvstore.config import StoreConfig
+from kvstore.errors import KVStoreError
 from kvstore.occupancy import Occupancy
 from kvstore.recorder import Recorder
 from kvstore.residency import Ids, Residency
@@ -82,6 +83,7 @@ class Mover:
         self.live = 0
         self.unsaved = 0
         self.early = 0
+        self._abandoned = _NONE
         if disk is not None:
             ids, locations = disk.scan()
             self.residency.restore(ids, locations)
@@ -321,14 +323,14 @@ class Mover:
         is not given out again, until `release` is called for it.
         """
         residency, hot, warm = self.residency, self.hot, self.warm
+        locations = residency.cold[ids]
+        residency.cold[ids] = -1
+        self.abandon(locations[locations >= 0])
         if self.disk is not None:
-            locations = residency.cold[ids]
-            self.disk.delete(locations[locations >= 0])
             self.unsaved -= int(np.count_nonzero(locations < 0))
         self.live -= len(ids)
-        residency.cold[ids] = -1
-        high = residency.hot[ids]
-        high = high[high >= 0].astype(np.int64)
+        in_hot = residency.hot[ids]
+        high = in_hot[in_hot >= 0].astype(np.int64)
         residency.hot[ids] = -1
         self._waste_early(high)
         hot.policy.release(high)
@@ -344,6 +346,26 @@ class Mover:
         warm.give_back(low[~pinned])
         held[held] = pinned
         residency.recycle(ids[~held])
+        self.sweep()
+
+    def abandon(self, locations: NDArray[np.int64]) -> None:
+        """Take note of locations on disk that no table names any more."""
+        self._abandoned = np.concatenate((self._abandoned, locations))
+
+    @property
+    def abandoned(self) -> int:
+        """How many blocks are still on disk that belong to nobody."""
+        return len(self._abandoned)
+
+    def sweep(self) -> None:
+        """Delete from disk what was abandoned."""
+        if len(self._abandoned) and self.disk is not None:
+            locations, self._abandoned = self._abandoned, _NONE
+            try:
+                self.disk.delete(locations)
+            except KVStoreError:
+                # A full disk refuses deletions too. They are tried again with the next.
+                self._abandoned = locations
 
     def release(self, ids: Ids, slots: Slots) -> None:
         """Give back warm slots, no longer pinned, of blocks that were removed meanwhile."""
@@ -384,7 +406,7 @@ class Mover:
             warm.pins[slots] += 1
         for tier, table in ((hot, residency.hot), (warm, residency.warm)):
             ids = np.flatnonzero(table >= 0)
-            tier.rebuild(ids, table[ids])
+            tier.rebuild(ids, table[ids].astype(np.int64))
         in_hot = np.flatnonzero(hot.block >= 0)
         in_warm = np.flatnonzero(warm.block >= 0)
         warm.spare[in_warm] = residency.hot[warm.block[in_warm]] >= 0

@@ -15,9 +15,10 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from threading import get_ident
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -43,6 +44,9 @@ from kvstore.tiers.slots import Slots
 from kvstore.trace import Tier, TraceWriter
 from kvstore.waves import cut_waves
 from kvstore.writer import Writer
+
+if TYPE_CHECKING:
+    from kvstore.context import Context
 
 
 @dataclass(frozen=True)
@@ -110,6 +114,8 @@ class Store:
         self.spec = spec
         self.config = config = config or StoreConfig()
         self.stats = StoreStats()
+        # The open contexts, by name or number; they enter and leave by themselves.
+        self.contexts: dict[str | int, Context] = {}
         self._thread, self._pid = get_ident(), os.getpid()
         self._closed = False
         if config.hot < spec.nbytes:
@@ -145,6 +151,11 @@ class Store:
     # The interface.
 
     @property
+    def device(self) -> torch.device:
+        """Where the hot tier lies."""
+        return self._mover.hot_slab.planes[0].device
+
+    @property
     def hot_planes(self) -> list[torch.Tensor]:
         """Per plane the hot tier's tensor [hot slots, *shape]: read it at pinned slots only."""
         return self._mover.hot_slab.planes
@@ -174,6 +185,8 @@ class Store:
         try:
             while done < n:
                 done += self._put_some(ids[done:], [plane[done:] for plane in planes])
+            if self._writer is not None:
+                self._writer.run()
         except KVStoreError:
             mover.remove(ids[:done])
             mover.residency.recycle(ids[done:])
@@ -182,9 +195,6 @@ class Store:
             self._rebuild()
             mover.remove(ids[mover.residency.tiers(ids) != Tier.ABSENT])
             raise
-        if self._writer is not None:
-            with self._whole():
-                self._writer.run()
         self._recorder.note("put", ids)
         return ids
 
@@ -204,14 +214,13 @@ class Store:
         """
         ids = _as_ids(ids)
         flat = ids.ravel()
-        device = self.hot_planes[0].device
         out = [
-            torch.empty((len(flat), *plane.shape), dtype=plane.dtype, device=device)
+            torch.empty((len(flat), *plane.shape), dtype=plane.dtype, device=self.device)
             for plane in self.spec.planes
         ]
         for part in self.waves(flat[:, None]):
             with self.pinned(flat[part]) as pin:
-                index = torch.from_numpy(pin.slots).to(device)
+                index = torch.from_numpy(pin.slots).to(self.device)
                 for copy, slab in zip(out, self.hot_planes, strict=True):
                     torch.index_select(slab, 0, index, out=copy[part])
         return [copy.view(*ids.shape, *copy.shape[1:]) for copy in out]
@@ -282,6 +291,17 @@ class Store:
         if self._disk is not None:
             self._disk.sync()
 
+    def context(self, name: str | None = None, *, streams: int, landmark_dim: int) -> Context:
+        """Begin the past of a token sequence, or go on with the one kept under this name.
+
+        A store with a directory keeps contexts that have a name. streams, landmark_dim: see
+        Context. ValueError if the name is in use, or what is kept is of another kind.
+        """
+        from kvstore.context import Context
+
+        self._enter()
+        return Context(self, name, streams=streams, landmark_dim=landmark_dim)
+
     def put_record(self, key: bytes, value: bytes | None) -> None:
         """Keep a small record beside the blocks; None forgets it."""
         self.put_records({key: value})
@@ -334,7 +354,7 @@ class Store:
         self.stats.check()
 
     def close(self) -> None:
-        """Write what a kept store has not written yet, and let go of everything.
+        """Close the contexts, write what a kept store has not written yet, let go of everything.
 
         Closing again does nothing. An error of the last writes is raised after all is closed.
         """
@@ -344,12 +364,18 @@ class Store:
         if self._writer is not None:
             # What failed before is tried again by `flush`, or of no interest any more.
             self._writer.failure = None
-        try:
+        with ExitStack() as stack:
+            stack.callback(self._end)
             if self.config.directory is not None:
-                self.flush()
-        finally:
-            self._closed = True
-            self._release()
+                stack.callback(self.flush)
+                for context in self.contexts.values():
+                    stack.callback(context.close)
+
+    def _end(self) -> None:
+        self._closed = True
+        for context in list(self.contexts.values()):
+            context.close()
+        self._release()
 
     def __enter__(self) -> Store:
         return self
@@ -456,12 +482,12 @@ class Store:
         self._enter()
         mover = self._mover
         try:
-            slots = mover.residency.hot.take(ids)
-            present = not len(ids) or (slots.min() >= 0 and ids.min() >= 0)
+            found = mover.residency.hot.take(ids)
+            present = not len(ids) or bool(found.min() >= 0 and ids.min() >= 0)
         except IndexError:
             present = False
         if present:
-            slots = slots.astype(np.int64)
+            slots = found.astype(np.int64)
             held = self._distinct_slots(slots)
             mover.hot.pin(held)
             mover.hot.policy.touch(held)
@@ -491,7 +517,7 @@ class Store:
         self._count_lookups(tiers)
         self._recorder.note("fetch", ids, tiers)
         self._require_present(ids, tiers)
-        held = mover.residency.hot[ids[tiers == Tier.HOT]].astype(np.int64)
+        held: Slots = mover.residency.hot[ids[tiers == Tier.HOT]].astype(np.int64)
         missing = ids[tiers != Tier.HOT]
         hot.pin(held)
         try:
@@ -503,11 +529,11 @@ class Store:
                 if self._prefetch is not None:
                     self._prefetch.await_blocks(missing)
                 # Some may have come up by a prefetch while we waited.
-                slots = mover.residency.hot[missing]
-                missing, slots = missing[slots < 0], slots[slots >= 0].astype(np.int64)
-                hot.pin(slots)
-                held = np.concatenate((held, slots))
-                for slots in mover.bring_up(missing):
+                arrived = mover.residency.hot[missing]
+                for slots in chain(
+                    (arrived[arrived >= 0].astype(np.int64),),
+                    mover.bring_up(missing[arrived < 0]),
+                ):
                     hot.pin(slots)
                     held = np.concatenate((held, slots))
         except BaseException:
@@ -553,7 +579,7 @@ class Store:
             event, slots = self._ending[0]
             if wait:
                 event.synchronize()
-            elif not event.query():
+            elif not event.query():  # type: ignore[no-untyped-call]
                 return
             self._ending.popleft()
             self._mover.hot.unpin(slots)

@@ -23,9 +23,9 @@ def cut_waves(
     flat = selection.ravel()
     order = np.argsort(flat, kind="stable")
     same = flat[order[1:]] == flat[order[:-1]]
-    before = np.full(len(flat), -1, np.int64)
-    before[order[1:][same]] = order[:-1][same]
-    before = before.reshape(groups, width)
+    places = np.full(len(flat), -1, np.int64)
+    places[order[1:][same]] = order[:-1][same]
+    before = places.reshape(groups, width)
     start, reach = 0, least
     while start < groups:
         new = before[start : start + reach] < start * width

@@ -55,8 +55,6 @@ class Writer:
         # Some of these may have been saved or deleted since.
         self._queue: deque[Ids] = deque()
         self._jobs: list[WriteJob] = []
-        # Where blocks were written that had been deleted by then.
-        self._orphans = _NONE
         self._stopped = False
         self.failure: KVStoreError | None = None
 
@@ -114,9 +112,7 @@ class Writer:
         """Let the tables say what workers have done."""
         for job in [job for job in self._jobs if job.done]:
             self._absorb_job(job)
-        if len(self._orphans):
-            self._disk.delete(self._orphans)
-            self._orphans = _NONE
+        self._mover.sweep()
 
     def requeue(self) -> None:
         """Line up everything unsaved, after the tables have been rebuilt."""
@@ -180,7 +176,7 @@ class Writer:
         ids, slots = job.ids[kept], job.slots[kept]
         if job.error is None:
             self._mover.save(ids, slots, job.locations[kept])
-            self._orphans = np.concatenate((self._orphans, job.locations[~kept]))
+            self._mover.abandon(job.locations[~kept])
             nbytes = len(job.ids) * self._mover.spec.nbytes
             self._stats.writes_behind += len(job.ids)
             self._stats.warm.demotions += len(job.ids)

@@ -30,7 +30,7 @@ class CudaSlotTier(SlotTier):
             for plane in spec.planes
         ]
         self._device = device
-        self._stream = torch.cuda.Stream(device)
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._written: torch.cuda.Event | None = None
         self._words = [_words(tensor, slots) for tensor in self.planes]
         # The slabs were allocated on the current stream; their memory may have been another
@@ -52,8 +52,7 @@ class CudaSlotTier(SlotTier):
             for words, row in zip(self._words, rows, strict=True):
                 device_rows = torch.from_numpy(row).to(self._device, non_blocking=True)
                 words.index_copy_(0, index, device_rows.view(words.dtype))
-            self._written = torch.cuda.Event()
-            self._written.record(self._stream)
+            self._written = _event(self._stream)
         return self._written
 
     def place(self, slots: Slots, planes: Sequence[torch.Tensor]) -> None:
@@ -65,17 +64,20 @@ class CudaSlotTier(SlotTier):
                 slab.index_copy_(0, index, given.to(self._device, non_blocking=True))
                 if given.is_cuda:
                     given.record_stream(self._stream)
-            self._written = torch.cuda.Event()
-            self._written.record(self._stream)
+            self._written = _event(self._stream)
 
     def await_writes(self) -> None:
         if self._written is not None:
             torch.cuda.current_stream(self._device).wait_event(self._written)
 
     def mark_reads(self) -> torch.cuda.Event | None:
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(self._device))
-        return event
+        return _event(torch.cuda.current_stream(self._device))
+
+
+def _event(stream: torch.cuda.Stream) -> torch.cuda.Event:
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record(stream)
+    return event
 
 
 def _words(tensor: torch.Tensor, slots: int) -> torch.Tensor:

@@ -99,7 +99,8 @@ class DiskTier:
         self._operations = 0
         self._reads: set[object] = set()
         self._closed = False
-        self._loose: set[int] | None = None  # packs with deleted blocks in them, once known
+        # Packs with deleted blocks in them -> how many others they have; None until it is needed.
+        self._loose: dict[int, int] | None = None
         self._check_capacity()
         self._hold = _hold_directory(self.directory)
         try:
@@ -392,10 +393,9 @@ class DiskTier:
         return locations
 
     def _delete_members(self, doomed: list[tuple[int, npt.NDArray[np.int64]]]) -> None:
-        loose: set[int] = set()
+        left: dict[int, int] = {}
 
         def change(transaction: lmdb.Transaction) -> None:
-            loose.clear()
             for number, places in doomed:
                 key = _key(number)
                 value = _held(transaction, key, self._directory)
@@ -404,16 +404,16 @@ class DiskTier:
                     raise KeyError(f"no block is stored in pack {number} at {places.tolist()}")
                 members[places] = _DEAD
                 self._blocks -= len(places)
-                if (members < 0).all():
+                left[number] = int((members >= 0).sum())
+                if left[number]:
+                    transaction.put(key, _seal(key, _int64(members)), db=self._directory)
+                else:
                     transaction.delete(key, db=self._packs)
                     transaction.delete(key, db=self._directory)
-                else:
-                    transaction.put(key, _seal(key, _int64(members)), db=self._directory)
-                    loose.add(number)
 
         self._change(lambda _: change, 0, f"the deletion of {len(doomed)} packs")
         if self._loose is not None:
-            self._loose = self._loose - {number for number, _ in doomed} | loose
+            self._loose = {n: live for n, live in (self._loose | left).items() if live}
 
     def _change(self, plan: Callable[[int], _Change], pages: int, what: str) -> None:
         """Run a change in a transaction of its own, all or nothing, making room if it must.
@@ -471,37 +471,49 @@ class DiskTier:
         """
         if self._loose is None:
             with self._env.begin(db=self._directory) as transaction:
-                self._loose = {
-                    int.from_bytes(key, "big")
+                found = {
+                    int.from_bytes(key, "big"): self._members(key, value)
                     for key, value in transaction.cursor()
-                    if (self._members(key, value) == _DEAD).any()
                 }
+            self._loose = {
+                number: int((members >= 0).sum())
+                for number, members in found.items()
+                if (members == _DEAD).any()
+            }
         gained = 0
+        copied_pages = _RECLAIMED_PAGES
         retries = len(_RETRIED_PACK_BYTES)
         while self._loose and gained < pages and retries:
             shrunk: dict[int, int] = {}
+            # The smallest first: what they leave behind makes places for the larger.
+            numbers = sorted(self._loose, key=self._loose.__getitem__)
             try:
-                self._commit(partial(self._shrink_some, sorted(self._loose), shrunk))
+                self._commit(partial(self._shrink_some, numbers, copied_pages, shrunk))
             except lmdb.MapFullError:
+                copied_pages = 1
                 retries -= 1
                 self._release_pages()
                 continue
             except lmdb.Error as error:
                 raise self._write_error(error, "what is left of packs", pages) from None
-            self._loose -= shrunk.keys()
+            for number in shrunk:
+                del self._loose[number]
             gained += sum(shrunk.values())
         return gained > 0
 
     def _shrink_some(
-        self, numbers: list[int], shrunk: dict[int, int], transaction: lmdb.Transaction
+        self,
+        numbers: list[int],
+        copied_pages: int,
+        shrunk: dict[int, int],
+        transaction: lmdb.Transaction,
     ) -> None:
-        """Shrink packs until enough is copied for one transaction; notes the pages gained."""
-        copied = 0
+        """Shrink packs until so many pages are copied; notes how many pages each gave."""
         for number in numbers:
             before, after = self._shrink(transaction, _key(number))
             shrunk[number] = before - after
-            copied += after
-            if copied >= _RECLAIMED_PAGES:
+            copied_pages -= after
+            if copied_pages <= 0:
                 return
 
     def _shrink(self, transaction: lmdb.Transaction, key: bytes) -> tuple[int, int]:

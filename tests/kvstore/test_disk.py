@@ -227,7 +227,8 @@ def test_a_full_tier_refuses_whole_batches_and_reads_on(directory):
     tier.close()
 
 
-def test_a_full_tier_can_delete_and_write_again(directory):
+@pytest.mark.parametrize("together", [True, False], ids=["neighbours", "scattered"])
+def test_a_full_tier_can_delete_and_write_again(directory, together):
     tier = DiskTier(directory, SPEC, 4 << 20)
     batch = 23  # a pack
     ids, locations = fill(tier, directory, batch=batch)
@@ -235,16 +236,18 @@ def test_a_full_tier_can_delete_and_write_again(directory):
     generator = np.random.default_rng(1)
     most = len(held)
     for turn in range(1, 8):
-        gone = generator.permutation(list(held))[: most // 3].tolist()
+        gone = list(held) if together else generator.permutation(list(held)).tolist()
+        gone = gone[: most // 3]
         tier.delete(np.array([held.pop(block) for block in gone]))
         assert size_on_disk(directory) <= tier.capacity_bytes
         ids, locations = fill(tier, directory, first=turn * 10_000, batch=batch)
-        assert len(ids) + batch > 0.8 * len(gone)
+        # Single blocks leave holes in which a pack may not fit.
+        assert len(ids) >= (0.85 * len(gone) if together else batch)
         held |= dict(zip(ids, locations, strict=True))
         assert_stored(tier, list(held), list(held.values()))
     tier.delete(np.array(list(held.values())))
     assert tier.block_count == 0
-    assert len(fill(tier, directory, batch=batch)[0]) >= most - batch
+    assert len(fill(tier, directory, batch=batch)[0]) >= 0.9 * most
     tier.close()
 
 

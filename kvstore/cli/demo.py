@@ -58,11 +58,11 @@ def main(args: argparse.Namespace) -> int:
         screen = Screen(args.json)
         place = haystack.text.index(needle(haystack.number).encode())
         screen.say(
-            f"{args.tokens:,} tokens of Python's standard library. "
-            f"At {place:,} of them hides:{needle(haystack.number)}"
+            f"{args.tokens:,} tokens of Python's standard library, and at token {place:,} of them:"
         )
+        screen.say(f"{needle(haystack.number)}\n")
         screen.read(session, haystack.text)
-        screen.say(f"Asked: {haystack.question.strip()}")
+        screen.say(f">{haystack.question}", end="")
         answer = screen.answer(session.ask(haystack.question))
         right = haystack.right(answer)
         screen.report(session.report(answer, str(haystack.number), right))

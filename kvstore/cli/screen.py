@@ -25,10 +25,10 @@ class Screen:
         self._console = Console(highlight=False)
         self._progress = Console(stderr=True)
 
-    def say(self, words: str, style: str = "") -> None:
-        """Print a line."""
+    def say(self, words: str, style: str = "", end: str = "\n") -> None:
+        """Print words, a line unless `end` says otherwise."""
         if not self._json:
-            self._console.print(Text(words, style=style), soft_wrap=True)
+            self._console.print(Text(words, style=style), soft_wrap=True, end=end)
 
     def read(self, session: Session, text: bytes) -> None:
         """Let a session read a text while a bar says how far it is."""

@@ -29,8 +29,10 @@ def main() -> None:
     loss.plot(steps, [line["loss"] for line in lines], label="training loss, weighted, nats")
     at = [line["step"] for line in examined]
     loss.plot(at, [e["bits_per_byte_512"] for e in examined], "o-", label="validation bits/byte")
-    found.plot(at, [e["found_512"] for e in examined], "o-", label="512 bytes")
-    found.plot(at, [e["found_2048"] for e in examined], "o-", label="2,048 bytes")
+    for length in (512, 1024):
+        key = f"found_{length}"
+        has = [e for e in examined if key in e]
+        found.plot([e["step"] for e in has], [e[key] for e in has], "o-", label=f"{length} bytes")
     found.set_ylabel("pass keys found")
     for name in examined[-1]["margin"]:
         margin.plot(at, [e["margin"][name]["mean"][-1] for e in examined], "o-", label=name)

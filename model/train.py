@@ -91,7 +91,7 @@ def examine(model: Transformer, held_out: np.ndarray, seed: int) -> dict[str, An
     tasks = Tasks(filler, needles=1.0)  # type: ignore[arg-type]
     tasks.filler = lambda rng, n: (filler.window(rng, n), 1.0)  # type: ignore[method-assign]
     report: dict[str, Any] = {}
-    for length, count in ((512, 32), (2048, 8)):
+    for length, count in ((1024, 16), (512, 32)):
         text = np.stack([filler.window(rng, length) for _ in range(count)]).astype(np.int64)
         x = torch.from_numpy(text).to(device)
         nats = loss_of(model, x, torch.ones(x.shape, device=device), 0)

@@ -41,6 +41,11 @@ class Retrieval:
     share_heads: bool = False
     search: bool = True
 
+    def __post_init__(self) -> None:
+        for name, least in (("top_k", 0), ("near", 0), ("segment", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -66,7 +71,9 @@ class Stream:
     """A model reading one text; not safe to use from two threads.
 
     The context must have `retrieving * heads` streams and landmarks of head_dim. A new stream
-    goes on where the context's state ends.
+    goes on where the context's state ends; ValueError if the context holds more or less than that.
+    A read that fails midway leaves some layers with more of the text than others: what was read
+    before can be had from a fork made before, from this stream no more (RuntimeError).
     """
 
     def __init__(self, model: Transformer, context: Context, retrieval: Retrieval | None = None):
@@ -75,6 +82,10 @@ class Stream:
         self.context = context
         self.store: Store = context.store
         self.retrieval = retrieval or Retrieval(config.top_k, config.top_k, config.segment)
+        if config.block_size % self.retrieval.segment:
+            raise ValueError(
+                f"segment {self.retrieval.segment} must divide the block size {config.block_size}"
+            )
         self.device = next(model.parameters()).device
         self._stride = config.block_size + 1
         self._last_ids: list[Tensor] = []
@@ -88,6 +99,13 @@ class Stream:
             self._windows = [
                 torch.zeros(shape, device=self.device) for _ in range(self._local_layers)
             ]
+        held = {context.tokens(s) for s in range(context.streams)}
+        if held != {self.position}:
+            raise ValueError(
+                f"the context holds {max(held)} tokens, its state is of {self.position}: "
+                "save the state when reading is done"
+            )
+        self._torn = False
         places = torch.arange(self._stride, device=self.device)
         self._in_block = model.rotary.table(places, torch.float32)  # [P, D / 2]
         self._whole = torch.arange(self._stride, device=self.device)
@@ -98,6 +116,7 @@ class Stream:
 
     def save_state(self) -> None:
         """Hand the windows and the position to the context, which keeps them."""
+        self._check()
         state = {f"window.{i}": w for i, w in enumerate(self._windows)}
         self.context.set_state(state | {"position": torch.tensor(self.position)})
 
@@ -105,6 +124,10 @@ class Stream:
         """Return a stream on a fork of the context; what it reads leaves this one unchanged."""
         self.save_state()
         return Stream(self.model, self.context.fork(), self.retrieval)
+
+    def _check(self) -> None:
+        if self._torn:
+            raise RuntimeError("an earlier read failed midway; go on from a fork made before it")
 
     @torch.inference_mode()
     def read(self, tokens: Tensor) -> Tensor:
@@ -144,7 +167,10 @@ class Stream:
                 landmark = piece.new_full((len(piece), 1), VOCABULARY)
                 piece = torch.cat((piece, landmark), dim=1)
             rows = Rows(self.position // size, len(piece), places)
+            self._check()
+            self._torn = True
             x = self._step(self.model.embedding(piece), rows)
+            self._torn = False
             start += take
             self.position += take
             yield x[:, : rows.tokens(size)].flatten(0, 1)
@@ -288,7 +314,8 @@ class Stream:
         landmarks = index.gather(streams, nearby)  # [H, G, near, D]
         near_scores = (at_near * landmarks).sum(dim=-1)
         near_scores = near_scores.masked_fill(recent < 0, float("-inf"))
-        shared = rotary.table((back[-1:] + 1) * self._stride, q.dtype)
+        behind = torch.tensor(near + 1, device=self.device)
+        shared = rotary.table(behind * self._stride, q.dtype)
         at_shared = rotate(query, shared)
         limit = (number - near).clamp(min=0)
         far, far_scores = index.search(streams, at_shared, k, before=limit)

@@ -1,0 +1,211 @@
+"""What a stream has to answer, worked out the long way: float64 numpy, no cache, no store.
+
+Takes a model's weights and nothing else of its code. Vectors are complex numbers, a position is a
+phase, and only the distance of a query and a key enters a score. Landmark Attention is written as
+in the paper's formulas; a selection follows the rules that `model.stream.Retrieval` states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from model.stream import Retrieval
+from model.transformer import Transformer
+
+Floats = NDArray[np.float64]
+Complexes = NDArray[np.complex128]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows that share a selection, made by the mean query of the first `shared` of them."""
+
+    block: int
+    offsets: list[int]
+    shared: int
+
+
+class Reference:
+    """A model's weights in float64."""
+
+    def __init__(self, model: Transformer) -> None:
+        self.config = config = model.config
+        self.weights = {n: t.detach().double().numpy() for n, t in model.state_dict().items()}
+        self.size, self.stride = config.block_size, config.block_size + 1
+        half = config.head_dim // 2
+        self.shares: list[Floats] = []  # of each group and head, what its blocks weigh: [M]
+        self.frequency = config.rope_base ** (-np.arange(half) / half)
+
+    def logits(
+        self, text: bytes, retrieval: Retrieval | None = None, cuts: Sequence[int] = ()
+    ) -> Floats:  # [len(text), 256]
+        """Answer after every byte. retrieval None: every past block counts, in its place.
+
+        cuts: lengths of the pieces in which the text is read; what they leave is the last piece.
+        """
+        ends = list(range(self.size - 1, len(text), self.size))
+        tokens = np.insert(np.frombuffer(text, np.uint8).astype(int), [e + 1 for e in ends], 256)
+        x = self.weights["embedding.weight"][tokens]  # [rows, width]
+        groups = list(self.groups(len(text), retrieval.segment, cuts)) if retrieval else []
+        for i, kind in enumerate(self.config.layers):
+            inner = self.norm(x, f"layers.{i}.attention_norm")
+            q, k, v = self.project(inner, f"layers.{i}.attention")
+            if kind == "l":
+                out = self.local(q, k, v)
+            elif retrieval is None:
+                out = self.everything(q, k, v)
+            else:
+                out = self.selected(q, k, v, retrieval, groups)
+            out = np.concatenate(list(out), axis=-1)  # [rows, heads * D]
+            x = x + out @ self.weights[f"layers.{i}.attention.out.weight"].T
+            up = self.norm(x, f"layers.{i}.mlp_norm") @ self.weights[f"layers.{i}.mlp.up.weight"].T
+            up = 0.5 * up * (1 + np.tanh(np.sqrt(2 / np.pi) * (up + 0.044715 * up**3)))
+            x = x + up @ self.weights[f"layers.{i}.mlp.down.weight"].T
+        x = x[np.arange(len(tokens)) % self.stride != self.size]
+        return self.norm(x, "norm") @ self.weights["head.weight"].T
+
+    def norm(self, x: Floats, name: str) -> Floats:
+        root = np.sqrt((x * x).mean(axis=-1, keepdims=True) + 1e-6)
+        return x / root * self.weights[f"{name}.gain"]
+
+    def project(self, x: Floats, name: str) -> tuple[Complexes, Complexes, Floats]:
+        """[rows, width] -> complex queries times 1 / sqrt(D) and keys [H, rows, D / 2], values."""
+        heads, dim = self.config.heads, self.config.head_dim
+        qkv = (x @ self.weights[f"{name}.qkv.weight"].T).reshape(len(x), 3, heads, dim)
+        q, k, v = qkv.transpose(1, 2, 0, 3)
+        half = dim // 2
+        q, k = (t[..., :half] + 1j * t[..., half:] for t in (q, k))
+        return q / np.sqrt(dim), k, v
+
+    def exps(self, q: Complexes, k: Complexes, at: range, start: int, stop: int) -> Floats:
+        """e^score of the rows `at` of one head with the rows start to stop, in their places."""
+        turn = np.exp(1j * np.arange(max(stop, at.stop))[:, None] * self.frequency)
+        keys = k[start:stop] * turn[start:stop]
+        return np.exp(((q[at] * turn[at]) @ keys.conj().T).real)
+
+    def local(self, q: Complexes, k: Complexes, v: Floats, chunk: int = 512) -> Floats:
+        """Attend to the last window_blocks blocks' length of tokens."""
+        out = np.empty_like(v)
+        reach = self.config.window_blocks * self.stride
+        for first in range(0, v.shape[1], chunk):
+            at = range(first, min(first + chunk, v.shape[1]))
+            start = max(0, first - reach)
+            key = np.arange(start, at.stop)
+            back = np.asarray(at)[:, None] - key
+            seen = (back >= 0) & (back < reach) & (key % self.stride != self.size)
+            for h in range(len(v)):
+                e = self.exps(q[h], k[h], at, start, at.stop) * seen
+                out[h, at] = e @ v[h, start : at.stop] / e.sum(axis=-1, keepdims=True)
+        return out
+
+    def everything(self, q: Complexes, k: Complexes, v: Floats) -> Floats:
+        """Attend to the own block and, through its landmark, to each past one; block by block."""
+        out = np.empty_like(v)
+        for first in range(0, v.shape[1], self.stride):
+            at = range(first, min(first + self.stride, v.shape[1]))
+            tokens = min(self.size, len(at))
+            seen = np.tri(len(at), tokens)  # a landmark sees all of its block, not itself
+            for h in range(len(v)):
+                e = self.exps(q[h], k[h], at, 0, first + tokens)
+                own = e[:, first:] * seen
+                past = e[:, :first].reshape(len(at), -1, self.stride)
+                inside, gate = past[..., : self.size], past[..., self.size]
+                weight = inside / inside.sum(axis=-1, keepdims=True) * gate[..., None]
+                total = own.sum(axis=-1) + gate.sum(axis=-1)
+                values = v[h, :first].reshape(-1, self.stride, v.shape[-1])[:, : self.size]
+                sum_ = own @ v[h, first : first + tokens]
+                sum_ = sum_ + weight.reshape(len(at), -1) @ values.reshape(-1, v.shape[-1])
+                out[h, at] = sum_ / total[:, None]
+        return out
+
+    def groups(self, length: int, segment: int, cuts: Sequence[int]) -> Iterator[Group]:
+        """Say who shares a selection: segments where whole blocks are read, else every row."""
+        size, place = self.size, 0
+        for cut in [*cuts, length - sum(cuts)]:
+            end = place + cut
+            while place < end:
+                block, offset = divmod(place, size)
+                if offset == 0 and end - place >= size:
+                    for start in range(0, size, segment):
+                        inside = list(range(start, start + segment))
+                        last = [size] if start + segment == size else []
+                        yield Group(block, inside + last, segment)
+                    place += size
+                    continue
+                taken = min(size - offset, end - place)
+                for at in range(offset, offset + taken):
+                    yield Group(block, [at], 1)
+                if offset + taken == size:
+                    yield Group(block, [size], 1)
+                place += taken
+
+    def selected(
+        self, q: Complexes, k: Complexes, v: Floats, retrieval: Retrieval, groups: list[Group]
+    ) -> Floats:
+        out = np.full_like(v, np.nan)
+        for group in groups:
+            past = group.block * self.stride
+            at = [past + offset for offset in group.offsets]
+            keys = k[:, :past].reshape(len(k), group.block, self.stride, k.shape[-1])
+            values = v[:, :past].reshape(len(v), group.block, self.stride, v.shape[-1])
+            chosen = self.choose(q[:, at], keys[:, :, self.size], retrieval, group)
+            for h in range(len(v)):
+                numbers = [number for number, _ in chosen[h]]
+                back = np.array([place for _, place in chosen[h]], int)
+                e = self.scores(q[h, at], keys[h, numbers], group, back)
+                inside, gate = e[..., : self.size], e[..., self.size]
+                weight = inside / inside.sum(axis=-1, keepdims=True) * gate[..., None]
+                own = self.scores(q[h, at], k[h, past:][None, : self.size], group, np.zeros(1, int))
+                seen = np.arange(own.shape[-1]) <= np.array(group.offsets)[:, None]
+                own = own[:, 0] * seen
+                sum_ = own @ v[h, past : past + own.shape[-1]]
+                sum_ = sum_ + np.einsum("rmp,mpd->rd", weight, values[h, numbers][:, : self.size])
+                total = own.sum(axis=-1) + gate.sum(axis=-1)
+                out[h, at] = sum_ / total[:, None]
+                self.shares.append((gate / total[:, None]).mean(axis=0))
+        return out
+
+    def scores(self, q: Complexes, k: Complexes, group: Group, back: NDArray[np.int_]) -> Floats:
+        """e^score of queries [R, F] with keys [M, P, F] of blocks so many places back."""
+        offsets = np.array(group.offsets)
+        distance = offsets[:, None, None] + back[:, None] * self.stride - np.arange(k.shape[1])
+        turn = np.exp(1j * distance[..., None] * self.frequency)  # [R, M, P, F]
+        return np.exp(np.einsum("rf,mpf,rmpf->rmp", q, k.conj(), turn).real)
+
+    def choose(
+        self, q: Complexes, landmarks: Complexes, retrieval: Retrieval, group: Group
+    ) -> list[list[tuple[int, int]]]:
+        """Return for each head the chosen blocks and how many places back each is put."""
+        heads, number = len(q), group.block
+        if not retrieval.search:
+            nearest = range(1, min(retrieval.top_k, number) + 1)
+            return [[(number - back, back) for back in nearest]] * heads
+        score = np.empty((heads, number))
+        for h in range(heads):
+            for b in range(number):
+                back = min(number - b, retrieval.near + 1)  # all older ones stand at one place
+                total = 0.0
+                for row in range(group.shared):
+                    distance = group.offsets[row] + back * self.stride - self.size
+                    turned = q[h, row] * np.exp(1j * distance * self.frequency)
+                    total += (turned * landmarks[h, b].conj()).real.sum()
+                score[h, b] = total / group.shared
+        if retrieval.share_heads:
+            score[:] = score.max(axis=0)
+        chosen = []
+        for h in range(heads):
+            best = sorted(range(number), key=lambda b: -score[h, b])[: retrieval.top_k]
+            places = []
+            older = retrieval.near
+            for b in sorted(best, reverse=True):
+                if number - b <= retrieval.near:
+                    places.append((b, number - b))
+                else:
+                    older += 1
+                    places.append((b, older))
+            chosen.append(places)
+        return chosen

@@ -6,6 +6,7 @@ A sample is bytes and a weight a byte: what the loss of predicting that byte cou
 from __future__ import annotations
 
 import gzip
+import re
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,19 +24,36 @@ def needle(number: int) -> str:
     return f" The pass key is {number}. Remember it. {number} is the pass key. "
 
 
+_NAME = re.compile(rb"(?<=[a-z,] )[A-Z][a-z]{4,}")
+"""A capitalised word inside a sentence: most often somebody's or some place's name."""
+
+
 class Corpus:
-    """The texts of a folder (*.txt, *.txt.gz), each as bytes."""
+    """The texts of a folder (*.txt, *.txt.gz), each as bytes, and where their names are said."""
 
     def __init__(self, folder: Path, leave_out: tuple[str, ...] = ()) -> None:
         paths = sorted([*folder.glob("*.txt"), *folder.glob("*.txt.gz")])
-        self.names = [p for p in paths if p.name.split(".")[0] not in leave_out]
-        if not self.names:
+        self.paths = [p for p in paths if p.name.split(".")[0] not in leave_out]
+        if not self.paths:
             raise ValueError(f"no *.txt or *.txt.gz files to train on in {folder}")
-        self.texts = [read_text(path) for path in self.names]
+        self.texts = [read_text(path) for path in self.paths]
         sizes = np.array([len(t) for t in self.texts], dtype=float)
         if not sizes.any():
             raise ValueError(f"the texts to train on in {folder} are all empty")
         self.share = sizes / sizes.sum()
+        self.names: list[list[NDArray[np.int64]]] = [_names(text) for text in self.texts]
+
+    def mentions(self, rng: np.random.Generator, count: int, length: int) -> list[Bytes]:
+        """Return `count` excerpts of `length` bytes, in order, that all say the same name."""
+        while True:
+            which = rng.choice(len(self.texts), p=self.share)
+            if self.names[which]:
+                break
+        text, names = self.texts[which], self.names[which]
+        places = names[rng.integers(len(names))]
+        chosen = np.sort(rng.choice(places, count, replace=len(places) < count))
+        starts = chosen - rng.integers(0, length - 16, count)
+        return [text[at : at + length] for at in np.clip(starts, 0, len(text) - length)]
 
     def window(self, rng: np.random.Generator, length: int) -> Bytes:
         """Return `length` bytes from a random place, texts weighed by size."""
@@ -53,6 +71,14 @@ def read_text(path: Path) -> Bytes:
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise ValueError(f"{path} is not a whole gzip file: {error}") from error
     return np.frombuffer(raw, dtype=np.uint8)
+
+
+def _names(text: Bytes) -> list[NDArray[np.int64]]:
+    """Return the places of each name that is said 4 to 400 times."""
+    places: dict[bytes, list[int]] = {}
+    for match in _NAME.finditer(text.tobytes()):
+        places.setdefault(match.group(), []).append(match.start())
+    return [np.array(at) for _, at in sorted(places.items()) if 4 <= len(at) <= 400]
 
 
 # --- filler -------------------------------------------------------------------------------------
@@ -139,11 +165,24 @@ class Sample:
 
 
 class Tasks:
-    """Draws training samples: plain text, and needles hidden in filler and asked for at the end."""
+    """Draws training samples of three kinds.
 
-    def __init__(self, corpus: Corpus, needles: float = 0.6, answer_weight: float = 8.0) -> None:
+    Needles hidden in filler and asked for at the end; distant excerpts of one text that say the
+    same name, or one thing twice, so that it pays to look back; plain text.
+
+    needles: share of the first kind; mentions: share of the second kind among the others.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        needles: float = 0.6,
+        mentions: float = 0.0,
+        answer_weight: float = 8.0,
+    ) -> None:
         self.corpus = corpus
         self.needles = needles
+        self.mentions = mentions
         self.answer_weight = answer_weight
 
     def filler(self, rng: np.random.Generator, length: int) -> tuple[Bytes, float]:
@@ -163,9 +202,24 @@ class Tasks:
 
     def sample(self, rng: np.random.Generator, length: int) -> Sample:
         """Draw one sample of `length` bytes."""
-        if rng.random() >= self.needles:
-            return Sample(self.corpus.window(rng, length), np.ones(length, np.float32), None)
-        return self.hide(rng, length)
+        if rng.random() < self.needles:
+            return self.hide(rng, length)
+        if self.mentions and rng.random() < self.mentions:
+            text = self._again(rng, length)
+        else:
+            text = self.corpus.window(rng, length)
+        return Sample(text, np.ones(length, np.float32), None)
+
+    def _again(self, rng: np.random.Generator, length: int) -> Bytes:
+        if rng.random() < 0.25:  # the same passage once more, after something else
+            text = self.corpus.window(rng, length).copy()
+            size = int(rng.integers(24, length // 3))
+            start = int(rng.integers(0, length - 2 * size))
+            again = int(rng.integers(start + size, length - size + 1))
+            text[again : again + size] = text[start : start + size]
+            return text
+        count = int(rng.integers(3, 9)) if length >= 512 else 2
+        return np.concatenate(self.corpus.mentions(rng, count, -(-length // count)))[:length]
 
     def hide(self, rng: np.random.Generator, length: int) -> Sample:
         """Hide a needle (and decoys) at random places and ask for it near the end."""

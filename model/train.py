@@ -31,19 +31,25 @@ from model.transformer import Transformer
 
 @dataclass(frozen=True)
 class Stage:
-    """`steps` steps of `count` samples of `length` bytes."""
+    """`steps` steps of `count` samples of `length` bytes.
+
+    distractors: see LandmarkAttention.forward; needles, mentions: see Tasks.
+    """
 
     steps: int
     length: int
     count: int
     distractors: int
+    needles: float = 0.6
+    mentions: float = 0.0
 
 
 CURRICULUM = (
     Stage(800, 128, 64, 0),
     Stage(1100, 256, 32, 0),
-    Stage(2600, 512, 16, 4),
-    Stage(700, 1024, 8, 4),
+    Stage(1500, 512, 16, 4),
+    Stage(1100, 512, 16, 4, needles=0.4, mentions=0.5),
+    Stage(700, 1024, 8, 4, needles=0.4, mentions=0.5),
 )
 
 
@@ -246,6 +252,7 @@ def train(arguments: argparse.Namespace) -> None:
     began = time.monotonic() - seconds
     while step < total:
         stage = stage_of(step, CURRICULUM)
+        tasks.needles, tasks.mentions = stage.needles, stage.mentions
         text, weight, _ = batch(tasks, arguments.seed, step, stage.count, stage.length)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, total, arguments.lr)
@@ -274,7 +281,7 @@ def train(arguments: argparse.Namespace) -> None:
             save_state(state, model, optimizer, step)
             print(json.dumps(line), flush=True)
     info = {
-        "corpus": [p.name for p in corpus.names],
+        "corpus": [p.name for p in corpus.paths],
         "seed": arguments.seed,
         "steps": total,
         "bytes": sum(s.steps * s.count * s.length for s in CURRICULUM),

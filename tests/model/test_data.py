@@ -53,7 +53,7 @@ def draws(tasks: Tasks, length: int, count: int, seed: int = 0) -> list[Sample]:
 
 
 def test_corpus_reads_plain_and_compressed_texts(corpus: Corpus, tmp_path: Path) -> None:
-    assert [p.name for p in corpus.names] == ["one.txt", "two.txt.gz"]
+    assert [p.name for p in corpus.paths] == ["one.txt", "two.txt.gz"]
     assert corpus.texts[1].tobytes() == b"It was the best of times. " * 900
     assert corpus.share.tolist() == pytest.approx([17 * 400 / 30200, 26 * 900 / 30200])
     assert read_text(tmp_path / "one.txt").tobytes() == b"Call me Ishmael. " * 400

@@ -27,6 +27,15 @@ from kvstore.streams import stream_numbers
 
 Kind = Literal["exact", "hnsw"]
 
+OVERHANG = 64
+"""Landmarks at a segment's end that a query may have to leave out.
+
+So many more are asked of the segment then, and left out of its answer. A model that treats its
+newest blocks apart would otherwise never be able to use a segment that was just finished.
+"""
+
+_ALL = 2**63 - 1
+
 
 @dataclass(frozen=True)
 class IndexStats:
@@ -150,7 +159,8 @@ class LandmarkIndex:
         bounds = _bounds(before, m)
         if not s or not m:
             return self._exact.top_k(self._pages, rows, values, k, bounds)
-        graphs = [self._graphs_for(stream, m, k, bounds) for stream in rows]
+        low, high = (_ALL, _ALL) if bounds is None else (int(bounds.min()), int(bounds.max()))
+        graphs = [self._graphs_for(stream, m, k, low, high) for stream in rows]
         if not any(graphs):
             found = self._exact.top_k(self._pages, rows, values, k, bounds)
         else:
@@ -248,7 +258,7 @@ class LandmarkIndex:
 
     def kind_for(self, m: int, k: int = 1, stream: int = 0) -> Kind:
         """Return what would answer m queries at once now; changes nothing."""
-        return "hnsw" if self._pick(self._number(stream), m, k, None)[0] else "exact"
+        return "hnsw" if self._pick(self._number(stream), m, k, _ALL, _ALL)[0] else "exact"
 
     @property
     def nbytes(self) -> int:
@@ -274,45 +284,44 @@ class LandmarkIndex:
             self._closed = True
             self._builder.release()
 
-    def _graphs_for(
-        self, stream: int, m: int, k: int, bounds: NDArray[np.int64] | None
-    ) -> list[Segment]:
-        """Return the segments to search, none for exact search, after starting to use due ones."""
+    def _graphs_for(self, stream: int, m: int, k: int, low: int, high: int) -> list[Segment]:
+        """Return the segments to search, none for exact search, after starting to use due ones.
+
+        low, high: the smallest and the largest of the queries' bounds.
+        """
         if not self._graphs:
             return []
         if self.config.kind == "hnsw":
             # Half a segment later: until then the thread has time to build it.
             ripe = self._pages.counts[stream] - self.config.segment // 2
             self._target[stream] = max(self._target[stream], ripe)
-        usable, us = self._pick(stream, m, k, bounds)
+        usable, us = self._pick(stream, m, k, low, high)
         if self.config.kind == "auto":
-            self._rent(stream, m, k, bounds, us)
+            self._rent(stream, m, k, low, high, us)
         if self._target[stream] >= self._segments.settled[stream] + self.config.segment:
             self._segments.settle(stream, self._target[stream])
-            usable, _ = self._pick(stream, m, k, bounds)
+            usable, _ = self._pick(stream, m, k, low, high)
         return usable
 
     def _pick(
-        self, stream: int, m: int, k: int, bounds: NDArray[np.int64] | None
+        self, stream: int, m: int, k: int, low: int, high: int
     ) -> tuple[list[Segment], float]:
         """Return the segments to search, and the microseconds that the search should take."""
-        count = self._pages.counts[stream]
-        # A segment that straddles a bound can't tell which side its best are on: exact from there.
-        low = count if bounds is None else int(bounds.min())
-        high = count if bounds is None else min(count, int(bounds.max()))
-        usable = [s for s in self._segments.active[stream] if s.stop <= low]
+        high = min(high, self._pages.counts[stream])
         exact = cost.exact_us(high, m, self.dim)
+        usable = [s for s in self._segments.active[stream] if s.stop <= low + OVERHANG]
         if not usable:
             return usable, exact
-        beam = max(self.config.ef_search, k)
-        graph = cost.graph_us(len(usable), high - usable[-1].stop, m, self.dim, beam)
+        graph = self._graph_us(len(usable), high - usable[-1].stop, m, k)
         if self.config.kind == "auto" and exact < graph:
             return [], exact
         return usable, graph
 
-    def _rent(
-        self, stream: int, m: int, k: int, bounds: NDArray[np.int64] | None, us: float
-    ) -> None:
+    def _graph_us(self, graphs: int, rest: int, m: int, k: int) -> float:
+        beam = max(self.config.ef_search, k)
+        return cost.graph_us(graphs, max(rest, 0), m, self.dim, beam)
+
+    def _rent(self, stream: int, m: int, k: int, low: int, high: int, us: float) -> None:
         """Count what a search loses for want of segments; ask for them when it has paid for them.
 
         Rent or buy: whatever the number of queries turns out to be, at most about twice the time
@@ -320,14 +329,10 @@ class LandmarkIndex:
         """
         count = self._pages.counts[stream]
         due = count - count % self.config.segment
-        if due <= self._segments.settled[stream]:
+        if due <= self._segments.settled[stream] or due > low + OVERHANG:
             return
-        if bounds is not None and int(bounds.min()) < due:
-            return
-        high = count if bounds is None else min(count, int(bounds.max()))
-        beam = max(self.config.ef_search, k)
         graphs = len(plan(due, self.config.segment))
-        self._lost_us[stream] += max(0.0, us - cost.graph_us(graphs, high - due, m, self.dim, beam))
+        self._lost_us[stream] += max(0.0, us - self._graph_us(graphs, min(high, count) - due, m, k))
         missing = self._segments.missing(stream, due)
         price = cost.build_us(missing, self.dim, self.config.ef_construction)
         if self._lost_us[stream] >= price:
@@ -339,10 +344,8 @@ class LandmarkIndex:
     def _profits(self, stream: int) -> bool:
         count = self._pages.counts[stream]
         graphs = len(plan(count, self.config.segment))
-        rest = count % self.config.segment
-        return self.config.kind == "hnsw" or cost.graph_us(
-            graphs, rest, 1, self.dim, self.config.ef_search
-        ) < cost.exact_us(count, 1, self.dim)
+        graph = self._graph_us(graphs, count % self.config.segment, 1, 1)
+        return self.config.kind == "hnsw" or graph < cost.exact_us(count, 1, self.dim)
 
     def _merge(
         self,
@@ -354,19 +357,25 @@ class LandmarkIndex:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the best of the segments and, exactly, of the rest; queries [1, m, dim]."""
         points = queries[0].cpu().numpy()
+        low, high = (_ALL, _ALL) if bounds is None else (int(bounds.min()), int(bounds.max()))
         parts: list[tuple[torch.Tensor, torch.Tensor]] = []
         for graph in graphs:
-            found = graph.search(points, k)
+            overhang = max(graph.stop - low, 0)
+            found = graph.search(points, k + overhang)
             if found is None:
                 graphs, parts = [], []
                 break
+            if overhang:
+                assert bounds is not None
+                beyond = found[0] >= bounds[:, None]
+                found[0][beyond], found[1][beyond] = -1, -np.inf
             parts.append((torch.from_numpy(found[0])[None], torch.from_numpy(found[1])[None]))
         rest = graphs[-1].stop if graphs else 0
-        if rest < self._pages.counts[stream] or sum(part[0].shape[-1] for part in parts) < k:
+        if rest < min(self._pages.counts[stream], high) or sum(p[0].shape[-1] for p in parts) < k:
             numbers, scores = self._exact.top_k(self._pages, [stream], queries, k, bounds, rest)
             parts.append((numbers.cpu(), scores.cpu()))
         numbers, scores = parts[0]
-        if len(parts) > 1:
+        if len(parts) > 1 or numbers.shape[-1] > k:
             numbers = torch.cat([numbers for numbers, _ in parts], dim=-1)
             scores, order = torch.cat([scores for _, scores in parts], dim=-1).topk(k)
             numbers = numbers.gather(-1, order)

@@ -123,10 +123,10 @@ def test_tiles_change_nothing(monkeypatch, scores):
 
 
 def test_scores_do_not_depend_on_pages_or_forks():
-    landmarks, queries = clustered(5000), torch.randn(1, 3, DIM)
-    at_once = LandmarkIndex(IndexConfig(kind="exact"), 1, DIM)
+    landmarks, queries = clustered(5000, 64), torch.randn(1, 3, 64)
+    at_once = LandmarkIndex(IndexConfig(kind="exact"), 1, 64)
     at_once.add([0], landmarks[None])
-    forked = LandmarkIndex(IndexConfig(kind="exact"), 1, DIM)
+    forked = LandmarkIndex(IndexConfig(kind="exact"), 1, 64)
     for i, part in enumerate(landmarks.split(37)):
         forked = forked.fork() if i % 50 == 49 else forked
         forked.add([0], part[None])
@@ -241,16 +241,21 @@ def test_hnsw_honours_before_and_k(n, k, bounds, waits):
     index.close()
 
 
-def test_a_straddling_segment_is_answered_exactly():
-    index = LandmarkIndex(SMALL_HNSW, 1, DIM)
-    landmarks = clustered(256)
+@pytest.mark.parametrize(
+    ("bounds", "kind"), [([300, 300], "hnsw"), ([300, 192], "hnsw"), ([300, 191], "exact")]
+)
+def test_a_bound_inside_a_segment(bounds, kind):
+    """Near the segment's end it is searched for more; farther back the answer is exact."""
+    config = IndexConfig(kind="hnsw", segment=64, ef_search=256, sample=1)
+    index = LandmarkIndex(config, 1, DIM)
+    landmarks = clustered(310)
     index.add([0], landmarks[None])
     index.wait()
     assert [(s.start, s.stop) for s in index._segments.active[0]] == [(0, 256)]
     queries = torch.randn(1, 2, DIM)
-    blocks, scores = index.search([0], queries, 8, torch.tensor([256, 255]))
-    assert index.stats.kind == "exact"
-    same(index, landmarks.numpy(), queries[0].numpy(), 8, [256, 255], (blocks[0], scores[0]))
+    blocks, scores = index.search([0], queries, 8, torch.tensor(bounds))
+    assert index.stats.kind == kind
+    same(index, landmarks.numpy(), queries[0].numpy(), 8, bounds, (blocks[0], scores[0]))
 
 
 def test_a_rebuild_answers_the_same():

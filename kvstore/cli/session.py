@@ -144,8 +144,17 @@ class Session:
 
 @contextmanager
 def opened(args: argparse.Namespace) -> Iterator[Session]:
-    """Make a session and close it in the end, whatever happens; UsageError for bad input."""
-    with checking_input():
-        session = Session(args)
-    with session:
-        yield session
+    """Make a session and close it in the end, whatever happens.
+
+    UsageError for bad input, MemoryError where torch finds no room.
+    """
+    try:
+        with checking_input():
+            session = Session(args)
+        with session:
+            yield session
+    except RuntimeError as error:
+        # torch has no exception of its own for a CPU's memory.
+        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+            raise MemoryError(f"not enough memory: {str(error).splitlines()[0]}") from error
+        raise

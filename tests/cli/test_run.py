@@ -16,7 +16,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from kvstore.cli import session
 from kvstore.trace import Kind, read_trace
 
 Kvstore = Callable[..., Any]
@@ -200,16 +202,48 @@ def test_a_hot_tier_of_one_selection(read: Kvstore) -> None:
     assert tight["answer"] == roomy["answer"]
 
 
-@pytest.mark.parametrize("cold", ["none", "512KiB"])
+@pytest.mark.parametrize("tier", ["--hot", "--warm"])
+def test_more_than_memory_holds(read: Kvstore, temporary: Path, tier: str) -> None:
+    ran = read(tier, "100TiB")
+    assert ran.code == 1
+    assert "allocate" in ran.err
+    assert ran.err.count("\n") == 1
+    assert not list(temporary.iterdir())
+
+
+def test_what_torch_says_when_memory_ends(read: Kvstore, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        torch.empty(2**46, dtype=torch.uint8)
+
+    monkeypatch.setattr(session, "prefill", fail)
+    ran = read()
+    assert ran.code == 1
+    assert ran.err.startswith("kvstore run: error: not enough memory: ")
+    assert ran.err.count("\n") == 1
+
+
+def test_a_run_time_error_that_is_not_about_memory_is_a_bug(
+    read: Kvstore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("a bug of ours")
+
+    monkeypatch.setattr(session, "prefill", fail)
+    with pytest.raises(RuntimeError, match="ours"):
+        read()
+
+
+@pytest.mark.parametrize(("cold", "repeats"), [("none", 4), ("512KiB", 4), ("10MiB", 50)])
 def test_a_store_that_is_full(
-    read: Kvstore, book: Path, tmp_path: Path, temporary: Path, cold: str
+    read: Kvstore, book: Path, tmp_path: Path, temporary: Path, cold: str, repeats: int
 ) -> None:
     text = tmp_path / "longer"
-    text.write_bytes(book.read_bytes() * 4)
+    text.write_bytes(book.read_bytes() * repeats)
     ran = read("--cold", cold, *SMALL, text=text)
     assert ran.code == 1
     assert ran.err.startswith("kvstore run: error: ")
     assert ran.err.count("\n") == 1
+    assert "cold tier" in ran.err
     assert not list(temporary.iterdir())
 
 
@@ -217,16 +251,21 @@ def test_progress_on_a_terminal(weights: Path, book: Path) -> None:
     pty = pytest.importorskip("pty")
     argv = ["run", "--text", str(book), "--prompt", "x", "--model", str(weights)]
     code = "import sys; from kvstore.cli.main import main; sys.exit(main(sys.argv[1:]))"
-    pid, terminal = pty.fork()
-    if pid == 0:
-        os.environ |= {"TERM": "xterm", "COLUMNS": "160"}
-        os.execv(sys.executable, [sys.executable, "-c", code, *argv, "--temperature", "9"])
+    mine, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *argv, "--temperature", "9"],
+        env=os.environ | {"TERM": "xterm", "COLUMNS": "160"},
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+    )
+    os.close(theirs)
     output = bytearray()
     with contextlib.suppress(OSError):  # what Linux says when the other side has gone
-        while data := os.read(terminal, 65536):
+        while data := os.read(mine, 65536):
             output += data
-    os.close(terminal)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    os.close(mine)
+    assert process.wait(60) == 0
     text = output.decode(errors="replace")
     assert "4,096/4,096" in text
     assert "tokens/s" in text

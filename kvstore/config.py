@@ -198,7 +198,7 @@ class StoreConfig:
     @property
     def torch_device(self) -> torch.device:
         """The hot tier's device, with its number where it is CUDA, as tensors report it."""
-        if self.device == "cpu" or (self.device == "auto" and not torch.cuda.is_available()):
+        if self.device == "cpu" or not torch.cuda.is_available():
             return torch.device("cpu")
         name = "cuda" if self.device == "auto" else self.device
         device = torch.device(name)

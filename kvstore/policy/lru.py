@@ -25,7 +25,7 @@ class LRU:
     def __init__(self, slots: int) -> None:
         # Twice the slots: after compaction there is room for a batch of every slot.
         self._log = np.empty(2 * slots + _SLACK, np.int32)
-        self._place = np.full(slots, -1, np.int32)
+        self._place = np.zeros(slots, np.int32)
         self._head = 0
         self._tail = 0
 

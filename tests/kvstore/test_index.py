@@ -131,7 +131,7 @@ def test_scores_do_not_depend_on_pages_or_forks():
         forked = forked.fork() if i % 50 == 49 else forked
         forked.add([0], part[None])
     for some in (queries, queries[:, :1]):
-        a, b = at_once.search([0], some, 30), forked.search([0], some, 30)
+        a, b = at_once.search([0], some, 5000), forked.search([0], some, 5000)
         assert torch.equal(a[0], b[0])
         assert torch.equal(a[1], b[1])
 

@@ -170,7 +170,8 @@ class Tasks:
     Needles hidden in filler and asked for at the end; distant excerpts of one text that say the
     same name, or one thing twice, so that it pays to look back; plain text.
 
-    needles: share of the first kind; mentions: share of the second kind among the others.
+    needles: share of the first kind; mentions: share of the second kind among the others;
+    repeats: share of things said twice in the second kind.
     """
 
     def __init__(
@@ -178,11 +179,13 @@ class Tasks:
         corpus: Corpus,
         needles: float = 0.6,
         mentions: float = 0.0,
+        repeats: float = 0.25,
         answer_weight: float = 8.0,
     ) -> None:
         self.corpus = corpus
         self.needles = needles
         self.mentions = mentions
+        self.repeats = repeats
         self.answer_weight = answer_weight
 
     def filler(self, rng: np.random.Generator, length: int) -> tuple[Bytes, float]:
@@ -211,7 +214,7 @@ class Tasks:
         return Sample(text, np.ones(length, np.float32), None)
 
     def _again(self, rng: np.random.Generator, length: int) -> Bytes:
-        if rng.random() < 0.25:  # the same passage once more, after something else
+        if rng.random() < self.repeats:  # the same passage once more, after something else
             text = self.corpus.window(rng, length).copy()
             size = int(rng.integers(24, length // 3))
             start = int(rng.integers(0, length - 2 * size))

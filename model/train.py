@@ -33,7 +33,7 @@ from model.transformer import Transformer
 class Stage:
     """`steps` steps of `count` samples of `length` bytes.
 
-    distractors: see LandmarkAttention.forward; needles, mentions: see Tasks.
+    distractors: see LandmarkAttention.forward; needles, mentions, repeats: see Tasks.
     """
 
     steps: int
@@ -42,15 +42,25 @@ class Stage:
     distractors: int
     needles: float = 0.6
     mentions: float = 0.0
+    repeats: float = 0.25
 
 
 CURRICULUM = (
     Stage(800, 128, 64, 0),
     Stage(1100, 256, 32, 0),
     Stage(1500, 512, 16, 4),
-    Stage(1100, 512, 16, 4, needles=0.4, mentions=0.5),
-    Stage(700, 1024, 8, 4, needles=0.4, mentions=0.5),
+    Stage(800, 512, 16, 4, needles=0.4, mentions=0.5),
+    Stage(400, 256, 32, 0, needles=0.3, mentions=0.8, repeats=0.6),
+    Stage(1100, 512, 16, 4, needles=0.3, mentions=0.8, repeats=0.6),
 )
+
+RESTART = 4200
+"""The step at which the learning rate rises a second time (Loshchilov & Hutter 2017), to three
+quarters of its peak. By then needles are found at any distance, but the rate has fallen too far
+for the model to learn to copy what a text says twice, which the last two stages are for."""
+
+HORIZON = 5200
+"""The step at which the first fall of the learning rate would have ended."""
 
 
 def stage_of(step: int, curriculum: tuple[Stage, ...]) -> Stage:
@@ -68,6 +78,13 @@ def learning_rate(step: int, total: int, peak: float, warmup: int = 200) -> floa
         return peak * (step + 1) / warmup
     done = (step - warmup) / max(1, total - warmup)
     return peak * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def rate_at(step: int, total: int, peak: float) -> float:
+    """Return the learning rate of a step of the whole run: two cycles."""
+    if step < RESTART:
+        return learning_rate(step, HORIZON, peak)
+    return learning_rate(step - RESTART, total - RESTART, 0.75 * peak, warmup=100)
 
 
 def loss_of(model: Transformer, text: Tensor, weight: Tensor, distractors: int) -> Tensor:
@@ -115,7 +132,21 @@ def examine(model: Transformer, held_out: np.ndarray, seed: int) -> dict[str, An
         )
         report[f"found_{length}"] = right / count
     report["margin"] = _margins(model, filler, samples)
+    report["copying"] = _copying(model, filler)
     return report
+
+
+def _copying(model: Transformer, filler: _Excerpts) -> float:
+    """Bits a byte that are saved on a passage of 100 bytes said again 200 bytes later."""
+    rng = np.random.default_rng(0)
+    size, first, again = 100, 40, 340
+    text = np.stack([filler.window(rng, 512) for _ in range(24)]).astype(np.int64)
+    text[:, again : again + size] = text[:, first : first + size]
+    x = torch.from_numpy(text).to(next(model.parameters()).device)
+    logits = model(x.unflatten(1, (-1, model.config.block_size))).flatten(1, 2)
+    nats = F.cross_entropy(logits[:, :-1].mT, x[:, 1:], reduction="none")
+    saved = nats[:, first + 8 : first + size - 1] - nats[:, again + 8 : again + size - 1]
+    return round(float(saved.mean()) / math.log(2), 4)
 
 
 class _Excerpts:
@@ -252,10 +283,10 @@ def train(arguments: argparse.Namespace) -> None:
     began = time.monotonic() - seconds
     while step < total:
         stage = stage_of(step, CURRICULUM)
-        tasks.needles, tasks.mentions = stage.needles, stage.mentions
+        tasks.needles, tasks.mentions, tasks.repeats = stage.needles, stage.mentions, stage.repeats
         text, weight, _ = batch(tasks, arguments.seed, step, stage.count, stage.length)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, total, arguments.lr)
+            group["lr"] = rate_at(step, total, arguments.lr)
         x = torch.from_numpy(text.astype(np.int64)).to(device)
         loss = loss_of(model, x, torch.from_numpy(weight).to(device), stage.distractors)
         optimizer.zero_grad(set_to_none=True)

@@ -84,3 +84,29 @@ def test_a_full_disk_tier_is_named(demo: Kvstore, temporary: Path) -> None:
     assert ran.err.startswith("kvstore demo: error: ")
     assert ran.err.count("\n") == 1
     assert not list(temporary.iterdir())
+
+
+def test_the_shipped_model_finds_the_key(kvstore: Kvstore) -> None:
+    ran = kvstore("demo", "--tokens", 16384, "--hot", "1MiB", "--warm", "2MiB", "--json")
+    assert ran.code == 0
+    assert ran.figures["correct"] is True
+    assert ran.figures["answer"].strip() == ran.figures["expected"]
+    assert ran.figures["decode_ms_per_token"] > 0
+    assert ran.figures["cache_bytes"] == 16 * 2**20
+    assert ran.figures["tiers"]["cold"]["blocks"] > 0
+
+
+@pytest.mark.slow
+def test_a_million_tokens(kvstore: Kvstore) -> None:
+    ran = kvstore("demo", "--json")
+    assert ran.code == 0
+    figures = ran.figures
+    assert figures["tokens"] == 2**20
+    assert figures["correct"] is True
+    assert figures["cache_bytes"] == 2**30
+    tiers = figures["tiers"]
+    memory = tiers["hot"]["capacity_bytes"] + tiers["warm"]["capacity_bytes"]
+    assert memory < figures["cache_bytes"] / 5
+    assert tiers["cold"]["hits"] > 0
+    assert sum(tier["hits"] for tier in tiers.values()) == figures["lookups"]
+    assert figures["not_found"] == 0

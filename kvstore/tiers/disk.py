@@ -58,6 +58,8 @@ _RETRIED_PACK_BYTES = (_PACK_BYTES, _PACK_BYTES, _PACK_BYTES // 4, 1)
 _READ_PATIENCE_SECONDS = 2.0
 
 
+_bounds = struct.Struct("<II").unpack_from  # of a frame in its pack, from the pack's table
+
 _Change = Callable[[lmdb.Transaction], None]
 
 
@@ -140,16 +142,17 @@ class DiskTier:
         with self._snapshot(self._packs, buffers=True) as transaction:
             numbers = (locations >> _INDEX_BITS).tolist()
             places = (4 * (locations & ((1 << _INDEX_BITS) - 1))).tolist()
-            packs = {}
+            packs: dict[int, memoryview] = {}
+            frames = []
             try:
-                for number in set(numbers):
-                    packs[number] = memoryview(transaction.get(_key(number), b""))
-                frames = [
-                    _frame(packs[number], place)
-                    for number, place in zip(numbers, places, strict=True)
-                ]
+                for number, place in zip(numbers, places, strict=True):
+                    pack = packs.get(number)
+                    if pack is None:
+                        pack = packs[number] = memoryview(transaction.get(_key(number), b""))
+                    first, last = _bounds(pack, place)
+                    frames.append(pack[first:last])
             except lmdb.Error as error:
-                block = ids[numbers.index(number)]
+                block = ids[len(frames)]
                 raise CorruptBlockError(f"block {block} is damaged on disk: {error}") from None
             except struct.error:
                 raise self._missing(ids, numbers, places, packs) from None
@@ -654,7 +657,7 @@ def _pack(frames: Sequence[bytes]) -> bytes:
 
 def _frame(pack: memoryview, place: int) -> memoryview:
     """Return the frame whose entry in the table is at byte `place`."""
-    first, last = struct.unpack_from("<II", pack, place)
+    first, last = _bounds(pack, place)
     return pack[first:last]
 
 

@@ -162,6 +162,9 @@ def _victims(textbook: Any, count: int, pinned: set[int]) -> list[int]:
     return [slot for slot in chosen if slot is not None]
 
 
+_counts = st.one_of(st.integers(0, 6), st.integers(0, 45))
+
+
 class PolicyMachine(RuleBasedStateMachine):
     """Batches to the policy, the same accesses one by one to its textbook."""
 
@@ -235,7 +238,7 @@ class PolicyMachine(RuleBasedStateMachine):
     def pin(self, data: st.DataObject) -> None:
         self.pinned = set(self._batch(data, self.admitted))
 
-    @rule(count=st.integers(0, 45))
+    @rule(count=_counts)
     def victims(self, count: int) -> None:
         expected = _victims(self.textbook, count, self.pinned)
         chosen = self.policy.victims(count, self._mask())
@@ -244,7 +247,7 @@ class PolicyMachine(RuleBasedStateMachine):
         assert len(expected) == min(count, len(self.admitted - self.pinned))
         self.admitted.difference_update(expected)
 
-    @rule(count=st.integers(0, 45))
+    @rule(count=_counts)
     def peek(self, count: int) -> None:
         expected = _victims(copy.deepcopy(self.textbook), count, self.pinned)
         for _ in range(2):
@@ -284,7 +287,7 @@ def test_batches_equal_the_textbook_one_by_one(
 ) -> None:
     if small_buffers:  # compaction and reading in several pieces at every turn
         _shrink_buffers(monkeypatch)
-    _run_machine(case, examples=150, steps=40)
+    _run_machine(case, examples=100, steps=40)
 
 
 @pytest.mark.slow
@@ -304,10 +307,10 @@ def _shrink_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @every_policy
 def test_long_streams_equal_the_textbook(case: tuple[PolicyFactory, Callable[[], Any]]) -> None:
-    """A cache of 3,000 slots under a skewed stream, its real buffers filled many times over."""
+    """A tier of 3,000 slots under a skewed stream, its real buffers filled more than once."""
     factory, make_textbook = case
     rng = np.random.default_rng(2)
-    slots = 3000
+    slots = 3000 if factory in POLICIES.values() else 300  # the documented one's textbook is slow
     policy, textbook = factory(slots), make_textbook()
     policy.admit(_slots(range(slots)))
     for slot in range(slots):

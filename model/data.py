@@ -44,7 +44,10 @@ class Corpus:
         self.names: list[list[NDArray[np.int64]]] = [_names(text) for text in self.texts]
 
     def mentions(self, rng: np.random.Generator, count: int, length: int) -> list[Bytes]:
-        """Return `count` excerpts of `length` bytes, in order, that all say the same name."""
+        """Return `count` excerpts of `length` bytes, in order, that all say the same name.
+
+        Some text must have `names`.
+        """
         while True:
             which = rng.choice(len(self.texts), p=self.share)
             if self.names[which]:
@@ -53,7 +56,8 @@ class Corpus:
         places = names[rng.integers(len(names))]
         chosen = np.sort(rng.choice(places, count, replace=len(places) < count))
         starts = chosen - rng.integers(0, length - 16, count)
-        return [text[at : at + length] for at in np.clip(starts, 0, len(text) - length)]
+        starts = np.clip(starts, 0, max(0, len(text) - length))
+        return [np.resize(text[at : at + length], length) for at in starts]
 
     def window(self, rng: np.random.Generator, length: int) -> Bytes:
         """Return `length` bytes from a random place, texts weighed by size."""
@@ -214,7 +218,8 @@ class Tasks:
         return Sample(text, np.ones(length, np.float32), None)
 
     def _again(self, rng: np.random.Generator, length: int) -> Bytes:
-        if rng.random() < self.repeats:  # the same passage once more, after something else
+        named = any(self.corpus.names)
+        if rng.random() < self.repeats or not named:  # the same passage again, after another
             text = self.corpus.window(rng, length).copy()
             size = int(rng.integers(24, length // 3))
             start = int(rng.integers(0, length - 2 * size))

@@ -99,6 +99,41 @@ def test_a_damaged_gz_is_named(tmp_path: Path, raw: bytes) -> None:
         Corpus(tmp_path)
 
 
+def named(tmp_path: Path, *texts: bytes) -> Corpus:
+    for i, text in enumerate(texts):
+        (tmp_path / f"{i}.txt").write_bytes(text)
+    return Corpus(tmp_path)
+
+
+def test_names_are_capitalised_words_inside_sentences_said_often_enough(tmp_path: Path) -> None:
+    often = b"he saw Queequeg there. " * 4
+    rare = b"and then Ishmael. Ishmael went. Often he saw Often. Ann and Ann, Ann and Ann. " * 3
+    common = b"the Whale " * 401
+    corpus = named(tmp_path, often + rare + common)
+    assert [places.tolist() for places in corpus.names[0]] == [[7, 30, 53, 76]]
+
+
+def test_mentions_are_excerpts_in_order_that_say_one_name(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    pieces = [b"he saw %s. " % n for n in (b"Queequeg", b"Starbuck") for _ in range(40)]
+    filler = [words(rng, 90).tobytes().lower() + b" " for _ in pieces]
+    order = rng.permutation(len(pieces))
+    text = b"".join(filler[i] + pieces[i] for i in order)
+    corpus = named(tmp_path, text, b"no names here. " * 40)
+    for _ in range(40):
+        excerpts = [e.tobytes() for e in corpus.mentions(rng, 5, 64)]
+        assert {len(e) for e in excerpts} == {64}
+        assert any(all(n in e for e in excerpts) for n in (b"Queequeg", b"Starbuck"))
+        places = [text.index(e) for e in excerpts]
+        assert places == sorted(places)
+
+
+def test_mentions_of_a_short_text_repeat_it(tmp_path: Path) -> None:
+    corpus = named(tmp_path, b"he saw Queequeg. " * 4)
+    for excerpt in corpus.mentions(np.random.default_rng(0), 6, 200):
+        assert excerpt.tobytes() == (b"he saw Queequeg. " * 12)[:200]
+
+
 # --- filler -------------------------------------------------------------------------------------
 
 
@@ -122,6 +157,34 @@ def test_filler_is_what_it_says() -> None:
     assert max(map(ord, letters)) > 0x370
     lines = code(rng, 9000).tobytes().decode().splitlines()
     assert any(line.startswith("        ") for line in lines)
+
+
+@pytest.mark.parametrize("repeats", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("length", [128, 512])
+def test_mentions_and_repeats_are_whole_samples(
+    tmp_path: Path, repeats: float, length: int
+) -> None:
+    corpus = named(tmp_path, b"he saw Queequeg there, and so did she. " * 300)
+    tasks = Tasks(corpus, needles=0.0, mentions=1.0, repeats=repeats)
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        sample = tasks.sample(rng, length)
+        assert sample.text.shape == (length,)
+        assert sample.answer is None
+        assert (sample.weight == 1).all()
+    assert corpus.texts[0].tobytes() == b"he saw Queequeg there, and so did she. " * 300
+
+
+def test_repeats_say_a_passage_twice(tmp_path: Path) -> None:
+    """Also where a corpus has no names to look back for: then that is all there is to repeat."""
+    rng = np.random.default_rng(0)
+    corpus = named(tmp_path, rng.integers(97, 123, 50000, dtype=np.uint8).tobytes())
+    assert not any(corpus.names)
+    tasks = Tasks(corpus, needles=0.0, mentions=1.0, repeats=0.0)
+    for _ in range(60):
+        text = tasks.sample(rng, 512).text.tobytes()
+        again = [i for i in range(512 - 24) if text.find(text[i : i + 24], i + 24) >= 0]
+        assert again
 
 
 # --- needles ------------------------------------------------------------------------------------

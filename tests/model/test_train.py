@@ -20,6 +20,7 @@ from model.data import Tasks
 from model.train import Stage, learning_rate, loss_of, stage_of
 from model.transformer import Transformer
 
+CURRICULUM = (Stage(70, 128, 2, 0), Stage(50, 160, 2, 1, needles=0.5, mentions=0.5))
 TINY = {"width": 16, "heads": 2, "layers": "lr", "mlp_width": 16, "top_k": 2}
 
 
@@ -31,7 +32,7 @@ class StoppedError(Exception):
 def _tiny() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "ModelConfig", lambda family: ModelConfig(family=family, **TINY))
-        patch.setattr(train, "CURRICULUM", (Stage(70, 128, 2, 0), Stage(50, 160, 2, 1)))
+        patch.setattr(train, "CURRICULUM", CURRICULUM)
         yield
 
 
@@ -40,7 +41,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("texts")
     rng = np.random.default_rng(0)
     for name in ("learnt", "moby_dick", "great_expectations"):
-        words = rng.choice([b"whale ", b"sea ", b"ship ", name.encode() + b" "], 900)
+        words = rng.choice([b"whale ", b"sea ", b"Queequeg ", name.encode() + b" "], 900)
         (folder / f"{name}.txt").write_bytes(b"".join(words.tolist()))
     return folder
 
@@ -161,6 +162,24 @@ def test_training_learns_and_another_seed_learns_otherwise(
     assert losses(arguments)[0] != losses(whole)[0]
 
 
+def test_each_stage_draws_its_own_mixture(arguments: argparse.Namespace) -> None:
+    drawn, mixtures = train.batch, []
+
+    def batch(tasks: Tasks, seed: int, at: int, *sizes: int) -> object:
+        mixtures.append((at, tasks.needles, tasks.mentions, *sizes))
+        if at == 71:
+            raise StoppedError
+        return drawn(tasks, seed, at, *sizes)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "batch", batch)
+        with pytest.raises(StoppedError):
+            train.train(arguments)
+    assert [at for at, *_ in mixtures] == list(range(72))
+    assert mixtures[69] == (69, 0.6, 0.0, 2, 128)
+    assert mixtures[70] == (70, 0.5, 0.5, 2, 160)
+
+
 def test_wrong_corpora_are_refused(arguments: argparse.Namespace, tmp_path: Path) -> None:
     arguments.validation = "unknown"
     with pytest.raises(ValueError, match="no text named 'unknown'"):
@@ -193,6 +212,8 @@ def test_the_curriculum_holds_whole_blocks_and_distractors_enough() -> None:
     size = ModelConfig().block_size
     for stage in SHIPPED:
         assert stage.length % size == 0
+        assert 0 <= stage.mentions <= 1
+        assert 0 < stage.needles <= 1
         assert (stage.count - 1) * (stage.length // size) >= stage.distractors
 
 
@@ -221,7 +242,7 @@ def test_the_examination_reports_bits_needles_and_margins() -> None:
     report = train.examine(model, held_out, 0)
     assert report == train.examine(model, held_out, 0)
     assert 7 < report["bits_per_byte_512"] < 12  # of an untrained model
-    assert report["found_512"] == report["found_2048"] == 0
+    assert report["found_512"] == report["found_1024"] == 0
     assert set(report["margin"]) == {"layer0.head0", "layer0.head1"}
     margin = report["margin"]["layer0.head0"]
     assert margin["mean"] == sorted(margin["mean"], reverse=True)  # more blocks, more rivals

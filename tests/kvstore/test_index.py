@@ -309,6 +309,44 @@ def test_equal_landmarks_are_all_found(landmarks):
     assert sorted(blocks.flatten().tolist()) == list(range(200))
 
 
+def test_a_graph_that_gives_up_is_made_up_for(monkeypatch):
+    index = LandmarkIndex(SMALL_HNSW, 1, DIM)
+    landmarks = clustered(210)
+    index.add([0], landmarks[None])
+    index.wait()
+    search = Segment.search
+    monkeypatch.setattr(
+        Segment, "search", lambda self, q, k: None if self.start else search(self, q, k)
+    )
+    query = torch.randn(1, 1, DIM)
+    blocks, scores = index.search([0], query, 6)
+    same(index, landmarks.numpy(), query[0].numpy(), 6, None, (blocks[0], scores[0]))
+
+
+def test_segments_that_were_merged_are_let_go():
+    index = LandmarkIndex(SMALL_HNSW, 1, DIM)
+    for part in clustered(64 * 16 + 40).split(32):
+        index.add([0], part[None])
+        index.search([0], torch.randn(1, 1, DIM), 1)
+    assert list(index._segments._built[0]) == [(0, 1024)]
+
+
+def test_segments_across_a_fork_are_each_sides_own():
+    config = IndexConfig(kind="hnsw", segment=64, ef_search=256)
+    index = LandmarkIndex(config, 1, DIM)
+    common, ours, theirs = clustered(100), clustered(28, seed=7), clustered(28, seed=8)
+    index.add([0], common[None])
+    fork = index.fork()
+    query = torch.randn(1, 1, DIM)
+    for side, rest in ((index, ours), (fork, theirs)):
+        side.add([0], rest[None])
+        side.wait()
+        rows = torch.cat((common, rest)).numpy()
+        blocks, scores = side.search([0], query, 100)
+        assert side.stats.kind == "hnsw"
+        same(side, rows, query[0].numpy(), 100, None, (blocks[0], scores[0]))
+
+
 def test_unequal_streams():
     index = LandmarkIndex(SMALL_HNSW, 3, DIM)
     landmarks = clustered(300)
@@ -380,9 +418,8 @@ def test_kind_exact_never_builds():
 def test_resume_answers_as_before():
     config = IndexConfig(kind="hnsw", segment=64, ef_search=2)
     index = LandmarkIndex(config, 2, DIM)
-    index.add([0], clustered(500)[None])
-    index.wait()
-    index.add([0], clustered(40, seed=5)[None])
+    index.add([0], clustered(520)[None])
+    index.wait()  # uses eight segments' worth; seven would be ripe
     index.add([1], clustered(90)[None])
     queries = torch.randn(2, 1, DIM)
     want = index.search([0, 1], queries, 8)

@@ -75,6 +75,16 @@ def test_unknown_names_say_what_there_is(monkeypatch: pytest.MonkeyPatch, tmp_pa
         checkpoint.load("landmark")
 
 
+def test_the_shipped_model_is_small_and_says_how_it_was_made() -> None:
+    path = checkpoint.SHIPPED / "landmark.safetensors"
+    assert path.stat().st_size < 8_000_000
+    assert checkpoint.load("landmark").config == ModelConfig()
+    with safe_open(path, framework="pt") as file:
+        info = json.loads(file.metadata()["info"])
+    assert {"seed", "steps"} <= info.keys()
+    assert not {"moby_dick.txt.gz", "great_expectations.txt.gz"} & set(info.get("corpus", ()))
+
+
 @pytest.mark.parametrize("keep", [0, 7, 8, 100, -1])
 def test_truncated_files_are_refused(path: Path, keep: int) -> None:
     path.write_bytes(path.read_bytes()[:keep])

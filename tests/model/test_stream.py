@@ -20,6 +20,7 @@ from torch import Tensor
 from kvstore import BlockSpec, IndexConfig, Store, StoreConfig
 from kvstore.errors import HotTierTooSmallError, StoreFullError
 from kvstore.policy import LRU
+from model import checkpoint, haystack
 from model.config import ModelConfig
 from model.generate import Sampling, generate
 from model.stream import Retrieval, Stream
@@ -212,6 +213,31 @@ def test_any_index(kind: str) -> None:
     with opened(MODEL, retrieval, index=index) as stream:
         logits = read_in(stream, text, [70, 3])
     assert gap(logits, REFERENCE.logits(text, retrieval, [70, 3])) < NEAR
+
+
+@pytest.mark.parametrize("everything", [True, False])
+def test_shipped_weights(everything: bool) -> None:
+    """Trained scores are large and sharp; still float32 is all that differs."""
+    model = checkpoint.load("landmark")
+    size = model.config.block_size
+    text = haystack.hide(haystack.random_words, 700, seed=3, depth=0.4).text
+    retrieval = all_of(700, size) if everything else Retrieval(top_k=4, near=4, segment=size)
+    with opened(model, retrieval) as stream:
+        got = read_in(stream, text, [100, 300])
+    scale = float(got.abs().max())
+    assert scale > 5
+    assert gap(got, Reference(model).logits(text, retrieval, [100, 300])) < NEAR * scale
+    if everything:
+        assert gap(got, dense(model, text)) < NEAR * scale
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_it_is_the_same() -> None:
+    model, text = make_model().cuda(), text_of(300)
+    for tiers in ({}, TINY[0]):
+        with opened(model, SELECTIVE, **({"device": "cuda"} | tiers)) as stream:
+            logits = read_in(stream, text, [150, 3, 1, 1]).cpu()
+        assert gap(logits, REFERENCE.logits(text, SELECTIVE, [150, 3, 1, 1])) < NEAR
 
 
 @pytest.mark.slow

@@ -33,8 +33,9 @@ _CHECKSUM_END = 8
 _ID_END = 16
 
 # Near enough Huffman coding alone: bytes of one significance have a skewed histogram but hardly a
-# repetition, and level 1's search for short matches costs 2.5x the encoding time, 1.7x the decoding
-# time and 10% of the size (bench/codec.py). Matches of 7 bytes still fold constant stretches.
+# repetition, and level 1's search for short matches makes encoding take twice and decoding one and
+# a half times as long, and frames 3% larger (bench/codec.py). Matches of 7 bytes still fold what is
+# constant.
 _COMPRESSION = zstandard.ZstdCompressionParameters(
     strategy=zstandard.STRATEGY_FAST,
     window_log=17,
@@ -51,6 +52,7 @@ _COMPRESSION = zstandard.ZstdCompressionParameters(
 # So many bytes of blocks are worked on at a time, and their frames and planes with them: all of it
 # stays in the processor's second-level cache.
 _GROUP_BYTES = 1 << 19
+_GROUP_BLOCKS = 256
 
 # A unit that does not shrink by a 32nd on a few probed blocks is not given to the compressor.
 _WORTH = 32
@@ -78,8 +80,7 @@ class _Unit:
 class Codec:
     """Turns blocks of one specification into frames and back, many at a time, bit for bit.
 
-    Any number of threads may use one codec at once; zstd, numpy and the hashing of large frames
-    run without the GIL.
+    Any number of threads may use one codec at once; zstd and numpy run without the GIL.
     """
 
     def __init__(self, spec: BlockSpec) -> None:
@@ -110,7 +111,7 @@ class Codec:
         self._common_bytes = np.frombuffer(self._common, np.uint8)
         self._common_end = _ID_END + len(self._common)
         self.header_nbytes = self._common_end + 4
-        self._group = max(1, _GROUP_BYTES // spec.nbytes)
+        self._group = min(max(1, _GROUP_BYTES // spec.nbytes), _GROUP_BLOCKS)
         self._local = threading.local()
 
     def encode(self, ids: Ids, planes: Sequence[Bytes2D]) -> list[bytes]:

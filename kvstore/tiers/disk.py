@@ -57,9 +57,7 @@ _RECLAIMED_PAGES = 16  # copied in one transaction
 _RETRIED_PACK_BYTES = (_PACK_BYTES, _PACK_BYTES, _PACK_BYTES // 4, 1)
 _READ_PATIENCE_SECONDS = 2.0
 
-
-_bounds = struct.Struct("<II").unpack_from  # of a frame in its pack, from the pack's table
-
+_bounds = struct.Struct("<II").unpack_from  # where a frame lies in its pack, from the pack's table
 _Change = Callable[[lmdb.Transaction], None]
 
 
@@ -164,7 +162,9 @@ class DiskTier:
         Many packs go in several transactions: an error leaves some blocks deleted, each wholly.
         """
         with self._operation(), self._changing:
-            ordered = np.sort(locations)
+            ordered = np.unique(locations)
+            if len(ordered) < len(locations):
+                raise KeyError("a block is to be deleted twice")
             numbers, starts = np.unique(ordered >> _INDEX_BITS, return_index=True)
             places = np.split(ordered & ((1 << _INDEX_BITS) - 1), starts[1:])
             doomed = list(zip(numbers.tolist(), places, strict=True))
@@ -215,7 +215,8 @@ class DiskTier:
         added = sum(self._pages_of(len(value)) + 1 for value in sealed.values() if value)
 
         def change(transaction: lmdb.Transaction) -> None:
-            self._require(transaction, added)
+            if added:
+                self._require(transaction, added)
             for key, value in sealed.items():
                 if value is None:
                     transaction.delete(key, db=self._records)
@@ -276,6 +277,8 @@ class DiskTier:
             self._env.sync(True)
         finally:
             self._env.close()
+            # Unlocked, not only closed: a forked child may hold the lock too.
+            fcntl.flock(self._hold, fcntl.LOCK_UN)
             os.close(self._hold)
 
     # Opening
@@ -392,7 +395,9 @@ class DiskTier:
 
             return change
 
-        self._change(plan, sum(map(len, frames)) // self._page + 1, f"{len(frames)} blocks")
+        nbytes = int(sizes.sum())
+        what = f"{len(frames)} blocks, {nbytes} B compressed,"
+        self._change(plan, self._pages_of(nbytes), what)
         return locations
 
     def _delete_members(self, doomed: list[tuple[int, npt.NDArray[np.int64]]]) -> None:
@@ -440,8 +445,7 @@ class DiskTier:
             except lmdb.Error as error:
                 raise self._write_error(error, what, pages) from None
         raise StoreFullError(
-            f"the cold tier is full: no room for {what} of {pages * self._page} B in its "
-            f"{self.capacity_bytes} B"
+            f"the cold tier is full: no room for {what} in its {self.capacity_bytes} B"
         )
 
     def _release_pages(self) -> None:
@@ -657,7 +661,10 @@ def _pack(frames: Sequence[bytes]) -> bytes:
 
 def _frame(pack: memoryview, place: int) -> memoryview:
     """Return the frame whose entry in the table is at byte `place`."""
-    first, last = _bounds(pack, place)
+    try:
+        first, last = _bounds(pack, place)
+    except struct.error:
+        raise CorruptBlockError(f"a pack of {len(pack)} B has no entry at {place}") from None
     return pack[first:last]
 
 

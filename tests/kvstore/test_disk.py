@@ -185,6 +185,8 @@ def test_deleting_what_is_not_there_changes_nothing(tier):
     for wrong in ([locations[1], locations[0]], [locations[1], 1 << 40], [locations[2] + 5000]):
         with pytest.raises(KeyError, match="no block"):
             tier.delete(np.array(wrong))
+    with pytest.raises(KeyError, match="twice"):
+        tier.delete(locations[[1, 2, 1]])
     assert tier.block_count == 99
     assert_stored(tier, np.arange(1, 100), locations[1:])
     assert len(tier.scan()[0]) == 99
@@ -601,6 +603,22 @@ def test_a_forked_child_is_refused(tier):
 
     assert in_child(work) == 0
     assert_stored(tier, range(3), locations)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_child_that_lives_on_does_not_keep_the_store(directory):
+    tier = DiskTier(directory, SPEC, CAPACITY)
+    end, begin = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(begin)
+        os.read(end, 1)
+        os._exit(0)
+    tier.close()
+    DiskTier(directory, SPEC, CAPACITY).close()
+    os.close(begin)
+    os.close(end)
+    os.waitpid(child, 0)
 
 
 def test_records_with_bad_keys_are_refused(tier):

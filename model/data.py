@@ -175,7 +175,8 @@ class Tasks:
     same name, or one thing twice, so that it pays to look back; plain text.
 
     needles: share of the first kind; mentions: share of the second kind among the others;
-    repeats: share of things said twice in the second kind.
+    repeats: share of things said twice in the second kind; gibberish: share of random words in
+    those, which nothing but looking back can predict.
     """
 
     def __init__(
@@ -184,12 +185,14 @@ class Tasks:
         needles: float = 0.6,
         mentions: float = 0.0,
         repeats: float = 0.25,
+        gibberish: float = 0.0,
         answer_weight: float = 8.0,
     ) -> None:
         self.corpus = corpus
         self.needles = needles
         self.mentions = mentions
         self.repeats = repeats
+        self.gibberish = gibberish
         self.answer_weight = answer_weight
 
     def filler(self, rng: np.random.Generator, length: int) -> tuple[Bytes, float]:
@@ -212,22 +215,24 @@ class Tasks:
         if rng.random() < self.needles:
             return self.hide(rng, length)
         if self.mentions and rng.random() < self.mentions:
-            text = self._again(rng, length)
-        else:
-            text = self.corpus.window(rng, length)
-        return Sample(text, np.ones(length, np.float32), None)
+            return self._again(rng, length)
+        return Sample(self.corpus.window(rng, length), np.ones(length, np.float32), None)
 
-    def _again(self, rng: np.random.Generator, length: int) -> Bytes:
+    def _again(self, rng: np.random.Generator, length: int) -> Sample:
         named = any(self.corpus.names)
         if rng.random() < self.repeats or not named:  # the same passage again, after another
-            text = self.corpus.window(rng, length).copy()
+            gibberish = bool(self.gibberish) and rng.random() < self.gibberish
+            text = (words if gibberish else self.corpus.window)(rng, length).copy()
             size = int(rng.integers(24, length // 3))
             start = int(rng.integers(0, length - 2 * size))
             again = int(rng.integers(start + size, length - size + 1))
             text[again : again + size] = text[start : start + size]
-            return text
+            weight = np.full(length, 0.02 if gibberish else 1.0, np.float32)
+            weight[again + 4 : again + size] = 1.0
+            return Sample(text, weight, None)
         count = int(rng.integers(3, 9)) if length >= 512 else 2
-        return np.concatenate(self.corpus.mentions(rng, count, -(-length // count)))[:length]
+        text = np.concatenate(self.corpus.mentions(rng, count, -(-length // count)))[:length]
+        return Sample(text, np.ones(length, np.float32), None)
 
     def hide(self, rng: np.random.Generator, length: int) -> Sample:
         """Hide a needle (and decoys) at random places and ask for it near the end."""

@@ -33,7 +33,8 @@ from model.transformer import Transformer
 class Stage:
     """`steps` steps of `count` samples of `length` bytes.
 
-    distractors: see LandmarkAttention.forward; needles, mentions, repeats: see Tasks.
+    distractors: see LandmarkAttention.forward; needles, mentions, repeats, gibberish: see
+    Tasks.
     """
 
     steps: int
@@ -43,6 +44,7 @@ class Stage:
     needles: float = 0.6
     mentions: float = 0.0
     repeats: float = 0.25
+    gibberish: float = 0.0
 
 
 CURRICULUM = (
@@ -51,16 +53,15 @@ CURRICULUM = (
     Stage(1500, 512, 16, 4),
     Stage(800, 512, 16, 4, needles=0.4, mentions=0.5),
     Stage(400, 256, 32, 0, needles=0.3, mentions=0.8, repeats=0.6),
-    Stage(1100, 512, 16, 4, needles=0.3, mentions=0.8, repeats=0.6),
+    Stage(200, 512, 16, 4, needles=0.3, mentions=0.8, repeats=0.6),
+    Stage(450, 256, 32, 0, needles=0.3, mentions=0.8, repeats=0.8, gibberish=0.6),
+    Stage(750, 512, 16, 4, needles=0.35, mentions=0.6, repeats=0.5, gibberish=0.3),
 )
 
-RESTART = 4200
-"""The step at which the learning rate rises a second time (Loshchilov & Hutter 2017), to three
-quarters of its peak. By then needles are found at any distance, but the rate has fallen too far
-for the model to learn to copy what a text says twice, which the last two stages are for."""
-
-HORIZON = 5200
-"""The step at which the first fall of the learning rate would have ended."""
+CYCLES = ((0, 5200, 1.0), (4200, 5700, 0.75), (4800, 6000, 0.75))
+"""The learning rate's rises (Loshchilov & Hutter 2017): first step, the step at which its fall
+would end, and its top as a share of the peak. After the first cycle needles are found at any
+distance, but the rate has fallen too far to learn to copy what a text says twice."""
 
 
 def stage_of(step: int, curriculum: tuple[Stage, ...]) -> Stage:
@@ -80,11 +81,10 @@ def learning_rate(step: int, total: int, peak: float, warmup: int = 200) -> floa
     return peak * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done)))
 
 
-def rate_at(step: int, total: int, peak: float) -> float:
-    """Return the learning rate of a step of the whole run: two cycles."""
-    if step < RESTART:
-        return learning_rate(step, HORIZON, peak)
-    return learning_rate(step - RESTART, total - RESTART, 0.75 * peak, warmup=100)
+def rate_at(step: int, peak: float) -> float:
+    """Return the learning rate of a step of the whole run."""
+    first, end, share = [cycle for cycle in CYCLES if cycle[0] <= step][-1]
+    return learning_rate(step - first, end - first, share * peak, warmup=100 if first else 200)
 
 
 def loss_of(model: Transformer, text: Tensor, weight: Tensor, distractors: int) -> Tensor:
@@ -283,10 +283,11 @@ def train(arguments: argparse.Namespace) -> None:
     began = time.monotonic() - seconds
     while step < total:
         stage = stage_of(step, CURRICULUM)
-        tasks.needles, tasks.mentions, tasks.repeats = stage.needles, stage.mentions, stage.repeats
+        tasks.needles, tasks.mentions = stage.needles, stage.mentions
+        tasks.repeats, tasks.gibberish = stage.repeats, stage.gibberish
         text, weight, _ = batch(tasks, arguments.seed, step, stage.count, stage.length)
         for group in optimizer.param_groups:
-            group["lr"] = rate_at(step, total, arguments.lr)
+            group["lr"] = rate_at(step, arguments.lr)
         x = torch.from_numpy(text.astype(np.int64)).to(device)
         loss = loss_of(model, x, torch.from_numpy(weight).to(device), stage.distractors)
         optimizer.zero_grad(set_to_none=True)

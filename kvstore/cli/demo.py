@@ -67,7 +67,7 @@ def main(args: argparse.Namespace) -> int:
         right = haystack.right(answer)
         screen.report(session.report(answer, str(haystack.number), right))
         if right:
-            screen.say(f"Right: the pass key is {haystack.number}.", "bold green")
+            screen.say(f"\nRight: the pass key is {haystack.number}.", "bold green")
         else:
-            screen.say(f"Wrong: the pass key is {haystack.number}.", "bold red")
+            screen.say(f"\nWrong: the pass key is {haystack.number}.", "bold red")
     return 0 if right else 1

@@ -159,7 +159,9 @@ def _filled(name: str, part: int, whole: int) -> Text:
     if not whole:
         return Text("-", style="dim")
     drawn = Text(bar(part, whole), style=f"{COLORS[name]} on grey23")
-    return drawn + Text(f" {part / whole:4.0%}", style="default on default")
+    share = part / whole
+    said = f"{share:.1%}" if 0 < share < 0.095 else f"{share:.0%}"
+    return drawn + Text(f" {said:>4}", style="default on default")
 
 
 def _percent(rate: float | None) -> str:

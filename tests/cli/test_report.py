@@ -98,6 +98,8 @@ def test_the_table_says_every_figure_in_80_columns() -> None:
     assert cells["used"][1:] == ["2MiB", "4MiB", "40MiB"]
     assert cells["blocks"][1:] == ["256", "512", "7,168"]
     assert cells["hits"][1:] == ["600", "100", "300"]
+    assert cells["fill"][2::2] == ["100%", "50%", "0.1%"]
+    assert cells["share of lookups"][4::2] == ["60%", "10%", "30%"]
     assert cells["hit rate"][2:] == ["60.0%", "25.0%", "100.0%"]
     assert cells["promotions"][1:] == ["300", "0", "0"]
     assert cells["demotions"][1:] == ["250", "7,168", "0"]

@@ -31,12 +31,11 @@ from kvstore.config import StoreConfig
 from kvstore.errors import KVStoreError
 from kvstore.occupancy import Occupancy
 from kvstore.recorder import Recorder
-from kvstore.residency import Ids, Residency
+from kvstore.residency import HOT, WARM, Ids, Residency
 from kvstore.stats import StoreStats
 from kvstore.tiers.cuda import CudaSlotTier
 from kvstore.tiers.disk import DiskTier
 from kvstore.tiers.slots import Buffer, Rows, Slots, SlotTier, copy_slots, rows_of
-from kvstore.trace import Tier
 
 _NONE = np.empty(0, np.int64)
 
@@ -64,6 +63,7 @@ class Mover:
         recorder: Recorder,
     ) -> None:
         self.spec = spec
+        self._nbytes = spec.nbytes
         self.disk = disk
         self.residency = Residency()
         self.hot = Occupancy(config.hot // spec.nbytes, config.policy)
@@ -119,7 +119,7 @@ class Mover:
         ids, planes = ids[:n], [plane[:n] for plane in planes]
         self.residency.cold[ids] = self.disk.write(ids, rows_of(self.spec, planes))
         self.live += n
-        self._stats.cold.bytes_in += n * self.spec.nbytes
+        self._stats.cold.bytes_in += n * self._nbytes
         slots, stuck = self._make_hot_room(n)
         assert not len(stuck), "every block is on disk"
         self.hot_slab.place(slots, planes)
@@ -135,13 +135,31 @@ class Mover:
         in_warm = self.residency.warm[ids] >= 0
         if in_warm.any():
             yield self.promote(ids[in_warm])
-        cold = ids[~in_warm]
-        for start in range(0, len(cold), self._staging.blocks):
-            part = cold[start : start + self._staging.blocks]
+            ids = ids[~in_warm]
+        if len(ids) and self.hot_slab.rows is not None:
+            yield self._read(ids, self.hot_slab.rows)
+            return
+        for start in range(0, len(ids), self._staging.blocks):
+            part = ids[start : start + self._staging.blocks]
             assert self.disk is not None
             rows = self._staging.rows(len(part))
             self.disk.read(part, self.residency.cold[part], rows)
             yield self.land(part, rows, self._staging)
+
+    def _read(self, ids: Ids, slab: Rows) -> Slots:
+        """Read blocks from disk right into hot slots, where these are host memory."""
+        assert self.disk is not None
+        slots, stuck = self._make_hot_room(len(ids))
+        assert not len(stuck), "every block has a place beside hot"
+        try:
+            self.disk.read(ids, self.residency.cold[ids], slab, slots)
+        except BaseException:
+            self.hot.give_back(slots)
+            raise
+        self._arrive(ids, slots)
+        self._stats.hot.promotions += len(ids)
+        self._stats.cold.bytes_out += len(ids) * self._nbytes
+        return slots
 
     def land(self, ids: Ids, rows: Rows, buffer: Buffer) -> Slots:
         """Place blocks that were read from disk in hot, for which there is room.
@@ -153,7 +171,7 @@ class Mover:
         buffer.lend(self.hot_slab.scatter(slots, rows))
         self._arrive(ids, slots)
         self._stats.hot.promotions += len(ids)
-        self._stats.cold.bytes_out += len(ids) * self.spec.nbytes
+        self._stats.cold.bytes_out += len(ids) * self._nbytes
         return slots
 
     def promote(self, ids: Ids) -> Slots:
@@ -171,7 +189,7 @@ class Mover:
         slots = np.concatenate((stuck, free))
         self._arrive(ids, slots)
         self._stats.hot.promotions += len(ids)
-        self._stats.warm.bytes_out += len(ids) * self.spec.nbytes
+        self._stats.warm.bytes_out += len(ids) * self._nbytes
         return slots
 
     def _arrive(self, ids: Ids, slots: Slots) -> None:
@@ -179,47 +197,66 @@ class Mover:
         self.hot.block[slots] = ids
         self.residency.hot[ids] = slots
         self.hot.policy.admit(slots)
-        self._stats.hot.bytes_in += len(ids) * self.spec.nbytes
+        self._stats.hot.bytes_in += len(ids) * self._nbytes
 
     # Down, out of hot and out of warm.
 
     def _make_hot_room(self, n: int) -> tuple[Slots, Slots]:
         """Empty n hot slots; the caller knows that so many are not pinned.
 
-        Returns empty slots, and those that could not be emptied because their blocks have no other
-        copy and no room in warm. Both have left the eviction order.
+        Returns empty slots, ascending, and those that could not be emptied because their blocks
+        have no other copy and no room in warm. Both have left the eviction order.
         """
         free = self.hot.take_free(n)
         if len(free) == n:
             return free, _NONE
         victims = self.hot.victims(n - len(free), self.hot.pinned)
-        assert len(victims) == n - len(free), "more room was promised than there is"
+        if len(victims) < n - len(free):
+            raise RuntimeError(
+                f"the policy {type(self.hot.policy).__name__} chose {len(victims)} slots where "
+                f"{n - len(free)} were asked for, although there are so many"
+            )
         stuck = self._evict(victims)
-        return np.concatenate((free, victims[~stuck])), victims[stuck]
+        if stuck is not None:
+            return np.sort(np.concatenate((free, victims[~stuck]))), victims[stuck]
+        # Blocks that came together often leave together, and then their slots lie in a row.
+        return np.sort(np.concatenate((free, victims)) if len(free) else victims), _NONE
 
-    def _evict(self, victims: Slots) -> NDArray[np.bool_]:
-        """Empty hot slots. Returns which of them could not be: bool, like victims."""
+    def _evict(self, victims: Slots) -> NDArray[np.bool_] | None:
+        """Empty hot slots. Returns which could not be, bool like victims; None where all were."""
         residency, hot, warm = self.residency, self.hot, self.warm
         ids = hot.block[victims]
         self._waste_early(victims)
         below = residency.warm[ids]
-        spare = below >= 0
-        warm.spare[below[spare]] = False
-        saved = ~spare & (residency.cold[ids] >= 0)
-        sole = ~(spare | saved)
-        # A copy on disk would do, but a block that was wanted in hot is soon wanted again: dropping
-        # it here left warm as it was after the last put, and cost 1.6 times (Zipf) to 5 times
-        # (a drifting working set) the reads from disk.
-        lowered = self._lower(ids[sole], victims[sole]) + self._lower(ids[saved], victims[saved])
-        stuck = sole & (residency.warm[ids] < 0)
-        gone = ids[~stuck]
-        places = residency.warm[gone]
-        warm.policy.admit(places[places >= 0].astype(np.int64))
-        residency.hot[gone] = -1
-        hot.block[victims[~stuck]] = -1
+        lacking = below < 0
+        stuck = None
+        lowered = 0
+        if lacking.any():
+            spare = below[~lacking]
+            warm.spare[spare] = False
+            sole = lacking if self.disk is None else lacking & (residency.cold[ids] < 0)
+            lowered = self._lower(ids[sole], victims[sole])
+            if self.disk is not None:
+                # A copy on disk would do, but what was wanted in hot is soon wanted again: dropping
+                # it here left warm as it was after the last put, and cost 1.6 times (Zipf) to 5
+                # times (a drifting working set) the reads from disk.
+                saved = lacking & ~sole
+                lowered += self._lower(ids[saved], victims[saved])
+            below = residency.warm[ids]
+            stuck = sole & (below < 0)
+            if stuck.any():
+                ids, below, victims = ids[~stuck], below[~stuck], victims[~stuck]
+            else:
+                stuck = None
+            below = below[below >= 0]
+        else:
+            warm.spare[below] = False
+        warm.policy.admit(below.astype(np.int64))
+        residency.hot[ids] = -1
+        hot.block[victims] = -1
         self._stats.hot.demotions += lowered
-        self._stats.hot.evictions += len(gone) - lowered
-        self._recorder.note("evict", gone, Tier.HOT)
+        self._stats.hot.evictions += len(ids) - lowered
+        self._recorder.note("evict", ids, HOT)
         return stuck
 
     def _lower(self, ids: Ids, slots: Slots) -> int:
@@ -227,7 +264,7 @@ class Mover:
 
         Returns how many. Their warm slots are not in the eviction order yet.
         """
-        if not len(ids):
+        if not len(ids) or not self.warm.slots:
             return 0
         room = self._make_warm_room(len(ids))
         ids, slots = ids[: len(room)], slots[: len(room)]
@@ -235,7 +272,7 @@ class Mover:
         self.warm.block[room] = ids
         self.warm.sole[room] = self.residency.cold[ids] < 0
         self.residency.warm[ids] = room
-        nbytes = len(ids) * self.spec.nbytes
+        nbytes = len(ids) * self._nbytes
         self._stats.hot.bytes_out += nbytes
         self._stats.warm.bytes_in += nbytes
         return len(ids)
@@ -257,7 +294,7 @@ class Mover:
             warm.sole[dropped] = False
             slots = np.concatenate((slots, dropped))
             self._stats.warm.evictions += len(ids)
-            self._recorder.note("evict", ids, Tier.WARM)
+            self._recorder.note("evict", ids, WARM)
         return slots
 
     def _exchange(self, ids: Ids, warm_slots: Slots, hot_slots: Slots) -> None:
@@ -286,11 +323,11 @@ class Mover:
             warm.block[low] = sinking
             warm.sole[low] = residency.cold[sinking] < 0
             warm.policy.admit(low)
-            nbytes = len(rising) * self.spec.nbytes
+            nbytes = len(rising) * self._nbytes
             self._stats.hot.bytes_out += nbytes
             self._stats.warm.bytes_in += nbytes
             self._stats.hot.demotions += len(rising)
-            self._recorder.note("evict", sinking, Tier.HOT)
+            self._recorder.note("evict", sinking, HOT)
 
     # On to disk, by way of warm.
 

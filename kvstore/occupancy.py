@@ -77,11 +77,12 @@ class Occupancy:
         self.pinned[slots] = self.pins[slots] > 0
 
     def victims(self, count: int, kept: NDArray[np.bool_]) -> Slots:
-        """The policy's next victims, in order, no longer in its order; fewer where kept [slots]
-        leaves fewer."""
+        """At most `count` victims, in order, no longer in the policy's order.
+
+        kept: bool [slots], those that may not be chosen.
+        """
         chosen = self.policy.victims(count, kept)
         if kept[chosen].any():
-            self.policy.admit(chosen)
             raise RuntimeError(
                 f"the policy {type(self.policy).__name__} chose a slot that it was told to keep"
             )

@@ -11,11 +11,10 @@ import numpy as np
 from kvstore.config import StoreConfig
 from kvstore.jobs import Crew, ReadJob
 from kvstore.mover import Mover
-from kvstore.residency import Ids
+from kvstore.residency import COLD, Ids
 from kvstore.stats import StoreStats
 from kvstore.tiers.disk import DiskTier
 from kvstore.tiers.slots import Buffer
-from kvstore.trace import Tier
 
 _BUFFERS = 2
 
@@ -70,7 +69,7 @@ class Prefetch:
 
     def _absorb_job(self, job: ReadJob) -> None:
         residency = self._mover.residency
-        wanted = residency.tiers(job.ids) == Tier.COLD
+        wanted = residency.tiers(job.ids) == COLD
         if job.error is not None:
             # Of no interest unless somebody asks for the block, and then reading it says why.
             wanted[:] = False

@@ -13,7 +13,7 @@ EventName = Literal["put", "fetch", "prefetch", "weigh", "evict", "delete"]
 class Recorder:
     """Hands events to a trace, if there is one.
 
-    failure: why recording stopped, for the store to raise when no move is under way.
+    failure: why recording stopped, if that was not raised yet.
     """
 
     def __init__(self, trace: TraceWriter | None) -> None:
@@ -27,3 +27,9 @@ class Recorder:
                 getattr(self._trace, event)(*said)
             except WriteFailedError as error:
                 self.failure = error
+
+    def raise_failure(self) -> None:
+        """Raise why recording stopped, if it did, once."""
+        failure, self.failure = self.failure, None
+        if failure is not None:
+            raise failure

@@ -12,6 +12,8 @@ from kvstore.trace import Tier
 
 Ids = NDArray[np.int64]
 
+HOT, WARM, COLD, ABSENT = Tier
+
 _FIRST_IDS = 1024
 
 
@@ -27,6 +29,7 @@ class Residency:
         self.warm = np.full(_FIRST_IDS, -1, np.int32)
         self.cold = np.full(_FIRST_IDS, -1, np.int64)
         self.reading = np.zeros(_FIRST_IDS, bool)
+        self._place = np.zeros(_FIRST_IDS, np.int32)
         self._next = 0
         self._recycled: list[Ids] = []
 
@@ -64,7 +67,7 @@ class Residency:
         """
         self._next = self._next if top is None else top
         ids = np.arange(self._next)
-        idle = self.tiers(ids) == Tier.ABSENT
+        idle = self.tiers(ids) == ABSENT
         if taken is not None:
             idle[taken] = False
         self._recycled = [ids[idle]]
@@ -78,18 +81,34 @@ class Residency:
         """The ids that were given out and name no block now."""
         return np.concatenate([np.empty(0, np.int64), *self._recycled])
 
+    def distinct(self, ids: Ids) -> Ids:
+        """ids [n] without repeats, in order of first appearance."""
+        if len(ids) and (ids.min() < 0 or ids.max() >= len(self.hot)):
+            _, first = np.unique(ids, return_index=True)
+            return ids[np.sort(first)]
+        # Written back to front, so that an id's first place is what remains. Sorting, as np.unique
+        # does, takes four times as long.
+        places = np.arange(len(ids), dtype=np.int32)
+        self._place[ids[::-1]] = places[::-1]
+        firsts: Ids = ids[self._place[ids] == places]
+        return firsts
+
     def present(self) -> Ids:
         """The ids of all blocks, ascending."""
         return np.flatnonzero((self.hot >= 0) | (self.warm >= 0) | (self.cold >= 0))
 
     def tiers(self, ids: Ids) -> NDArray[np.uint8]:
         """The highest Tier in which each of these blocks lies, ABSENT where none has it."""
-        valid = (ids >= 0) & (ids < len(self.hot))
-        at = np.where(valid, ids, 0)
-        tiers = np.full(len(ids), Tier.ABSENT, np.uint8)
-        tiers[valid & (self.cold[at] >= 0)] = Tier.COLD
-        tiers[valid & (self.warm[at] >= 0)] = Tier.WARM
-        tiers[valid & (self.hot[at] >= 0)] = Tier.HOT
+        if len(ids) and (ids.min() < 0 or ids.max() >= len(self.hot)):
+            valid = (ids >= 0) & (ids < len(self.hot))
+            tiers = np.full(len(ids), ABSENT, np.uint8)
+            tiers[valid] = self.tiers(ids[valid])
+            return tiers
+        # From hot, 0, down to absent, 3: one for each tier that does not have it, and no higher.
+        lower = (self.hot[ids] < 0).view(np.uint8)
+        lowest = lower & (self.warm[ids] < 0)
+        tiers = lower + lowest
+        tiers += lowest & (self.cold[ids] < 0)
         return tiers
 
     def _grow(self, least: int) -> None:
@@ -102,3 +121,4 @@ class Residency:
             self.warm = np.concatenate((self.warm, np.full(more, -1, np.int32)))
             self.cold = np.concatenate((self.cold, np.full(more, -1, np.int64)))
             self.reading = np.concatenate((self.reading, np.zeros(more, bool)))
+            self._place = np.zeros(size, np.int32)

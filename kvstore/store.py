@@ -12,10 +12,11 @@ import shutil
 import tempfile
 import weakref
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from itertools import chain
+from os import PathLike
 from pathlib import Path
 from threading import get_ident
 from typing import TYPE_CHECKING, Any
@@ -37,11 +38,12 @@ from kvstore.jobs import Crew
 from kvstore.mover import Mover
 from kvstore.prefetch import Prefetch
 from kvstore.recorder import Recorder
-from kvstore.residency import Ids
+from kvstore.residency import ABSENT, COLD, HOT, WARM, Ids
 from kvstore.stats import StoreStats
 from kvstore.tiers.disk import DiskTier
 from kvstore.tiers.slots import Slots
-from kvstore.trace import Tier, TraceWriter
+from kvstore.tiers.spec_file import read_spec, write_spec
+from kvstore.trace import TraceWriter
 from kvstore.waves import cut_waves
 from kvstore.writer import Writer
 
@@ -98,6 +100,22 @@ class Pin:
         self._store._weigh(self.slots.ravel(), given.ravel())
 
 
+class _Whole:
+    """Around moves: if they end where none is expected to end, restores what the tables imply."""
+
+    __slots__ = ("_rebuild",)
+
+    def __init__(self, rebuild: Callable[[], None]) -> None:
+        self._rebuild = rebuild
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and not issubclass(kind, (KVStoreError, ValueError, KeyError)):
+            self._rebuild()
+
+
 class Store:
     """Blocks in hot, warm and cold tiers.
 
@@ -148,6 +166,15 @@ class Store:
             self._place_of = np.zeros(self.hot_slots, np.int64)
             self._release = weakref.finalize(self, _close_in, self._pid, stack.pop_all())
 
+    @classmethod
+    def open(cls, directory: str | PathLike[str], config: StoreConfig | None = None) -> Store:
+        """Open the store that is kept in a directory, with the blocks it has.
+
+        config: everything but the directory. ValueError where there is no store.
+        """
+        spec = read_spec(Path(directory))
+        return cls(spec, replace(config or StoreConfig(), directory=directory))
+
     # The interface.
 
     @property
@@ -193,7 +220,7 @@ class Store:
             raise
         except BaseException:
             self._rebuild()
-            mover.remove(ids[mover.residency.tiers(ids) != Tier.ABSENT])
+            mover.remove(ids[mover.residency.tiers(ids) != ABSENT])
             raise
         self._recorder.note("put", ids)
         return ids
@@ -251,17 +278,17 @@ class Store:
         names no block.
         """
         self._enter()
-        ids = _distinct(_as_ids(ids).ravel())
+        ids = self._mover.residency.distinct(_as_ids(ids).ravel())
         tiers = self._mover.residency.tiers(ids)
         self._require_present(ids, tiers)
-        with self._whole():
+        with _Whole(self._rebuild):
             room = self._mover.room() // 2
-            warm = ids[tiers == Tier.WARM][:room]
+            warm = ids[tiers == WARM][:room]
             if len(warm):
                 self._mover.mark_early(self._mover.promote(warm))
                 self.stats.prefetch.issued += len(warm)
             if self._prefetch is not None:
-                self._prefetch.begin(ids[tiers == Tier.COLD][: room - len(warm)])
+                self._prefetch.begin(ids[tiers == COLD][: room - len(warm)])
         self._recorder.note("prefetch", ids)
 
     def delete(self, ids: Ids) -> None:
@@ -270,7 +297,7 @@ class Store:
         ids = np.unique(_as_ids(ids))
         self._require_present(ids, self._mover.residency.tiers(ids))
         self._end_pins(wait=True)
-        with self._whole():
+        with _Whole(self._rebuild):
             if self._prefetch is not None:
                 self._prefetch.await_blocks(ids)
             slots = self._mover.residency.hot[ids]
@@ -286,7 +313,7 @@ class Store:
         """Write every block that has no copy on disk yet, and wait. Nothing without a disk tier."""
         self._enter()
         if self._writer is not None:
-            with self._whole():
+            with _Whole(self._rebuild):
                 self._writer.flush()
         if self._disk is not None:
             self._disk.sync()
@@ -400,31 +427,20 @@ class Store:
             self._end_pins()
         writer, prefetch = self._writer, self._prefetch
         if writer is not None and writer.busy:
-            with self._whole():
+            with _Whole(self._rebuild):
                 writer.absorb()
         if prefetch is not None and prefetch.busy:
-            with self._whole():
+            with _Whole(self._rebuild):
                 prefetch.absorb()
-        for source in (writer, self._recorder):
-            if source is not None and source.failure is not None:
-                failure, source.failure = source.failure, None
-                raise failure
+        if writer is not None and writer.failure is not None:
+            with _Whole(self._rebuild):
+                writer.raise_failure()
+        self._recorder.raise_failure()
 
     def _records(self) -> DiskTier:
         if self._disk is None:
             raise ValueError("records need a disk tier; give cold a size")
         return self._disk
-
-    @contextmanager
-    def _whole(self) -> Iterator[None]:
-        """Restore what the tables imply if moves end where none is expected to end."""
-        try:
-            yield
-        except (KVStoreError, ValueError, KeyError):
-            raise
-        except BaseException:
-            self._rebuild()
-            raise
 
     def _rebuild(self) -> None:
         self._mover.rebuild(self._writer.writing() if self._writer is not None else [])
@@ -497,18 +513,17 @@ class Store:
                 self._recorder.note("fetch", mover.hot.block[held], np.zeros(len(held), np.uint8))
             mover.use_early(held)
         else:
-            held = self._hold_missing(_distinct(ids))
+            held = self._hold_missing(mover.residency.distinct(ids))
             slots = mover.residency.hot[ids].astype(np.int64)
         mover.hot_slab.await_writes()
         return slots, held
 
     def _distinct_slots(self, slots: Slots) -> Slots:
         """The slots without repeats, in order of first appearance."""
-        # Written back to front, so that a slot's first place is what remains. Sorting, as np.unique
-        # does, takes four times as long.
         places = np.arange(len(slots))
         self._place_of[slots[::-1]] = places[::-1]
-        return slots[self._place_of[slots] == places]
+        firsts: Slots = slots[self._place_of[slots] == places]
+        return firsts
 
     def _hold_missing(self, ids: Ids) -> Slots:
         """Pin distinct blocks of which some are not in hot. Returns their slots, in any order."""
@@ -517,14 +532,14 @@ class Store:
         self._count_lookups(tiers)
         self._recorder.note("fetch", ids, tiers)
         self._require_present(ids, tiers)
-        held: Slots = mover.residency.hot[ids[tiers == Tier.HOT]].astype(np.int64)
-        missing = ids[tiers != Tier.HOT]
+        held: Slots = mover.residency.hot[ids[tiers == HOT]].astype(np.int64)
+        missing = ids[tiers != HOT]
         hot.pin(held)
         try:
             room = self._room(len(missing))
             if len(missing) > room:
                 raise self._too_small(self.hot_slots - room + len(missing))
-            with self._whole():
+            with _Whole(self._rebuild):
                 hot.policy.touch(held)
                 if self._prefetch is not None:
                     self._prefetch.await_blocks(missing)
@@ -543,7 +558,7 @@ class Store:
         return held
 
     def _count_lookups(self, tiers: NDArray[np.uint8]) -> None:
-        hot, warm, cold, absent = np.bincount(tiers, minlength=len(Tier)).tolist()
+        hot, warm, cold, absent = np.bincount(tiers, minlength=ABSENT + 1).tolist()
         self.stats.lookups += len(tiers)
         self.stats.hot.hits += hot
         self.stats.warm.hits += warm
@@ -551,7 +566,7 @@ class Store:
         self.stats.not_found += absent
 
     def _require_present(self, ids: Ids, tiers: NDArray[np.uint8]) -> None:
-        absent = ids[tiers == Tier.ABSENT]
+        absent = ids[tiers == ABSENT]
         if len(absent):
             more = f", nor have {len(absent) - 1} others" if len(absent) > 1 else ""
             raise KeyError(f"no block has the id {absent[0]}{more}")
@@ -607,8 +622,11 @@ def _open_disk(spec: BlockSpec, config: StoreConfig, stack: ExitStack) -> DiskTi
     if directory is None:
         directory = Path(tempfile.mkdtemp(prefix="kvstore-"))
         stack.callback(shutil.rmtree, directory, ignore_errors=True)
-    disk = DiskTier(directory, spec, config.cold)
+    # What is kept must survive a loss of power; what is temporary would not survive it anyway.
+    disk = DiskTier(directory, spec, config.cold, durable=config.directory is not None)
     stack.callback(disk.close)
+    if config.directory is not None:
+        write_spec(directory, spec)
     return disk
 
 
@@ -639,10 +657,3 @@ def _as_ids(ids: Any) -> Ids:
     if given.dtype.kind not in "iu" and given.size:
         raise TypeError(f"block ids are integers, not {given.dtype}")
     return given.astype(np.int64, copy=False)
-
-
-def _distinct(ids: Ids) -> Ids:
-    """ids [n] without repeats, in order of first appearance."""
-    _, first = np.unique(ids, return_index=True)
-    first.sort()
-    return ids[first]

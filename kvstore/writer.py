@@ -32,7 +32,7 @@ class Writer:
     A kept store writes as soon as there is a batch, a temporary one once half of warm is unsaved:
     what is deleted before never costs a write. Two batches for each worker are under way at most.
 
-    failure: what went wrong, for the store to raise. After it nothing is begun unasked.
+    failure: what went wrong and was not raised yet. After it nothing is begun unasked.
     """
 
     def __init__(
@@ -114,6 +114,15 @@ class Writer:
             self._absorb_job(job)
         self._mover.sweep()
 
+    def raise_failure(self) -> None:
+        """Raise what went wrong, if anything did: once, whatever else is under way."""
+        if self.failure is not None:
+            for job in self._jobs:
+                self._crew.wait(job)
+            self.absorb()
+            failure, self.failure = self.failure, None
+            raise failure
+
     def requeue(self) -> None:
         """Line up everything unsaved, after the tables have been rebuilt."""
         residency = self._mover.residency
@@ -166,9 +175,7 @@ class Writer:
         assert self._jobs, "unsaved blocks that nobody writes"
         self._crew.wait(self._jobs[0])
         self.absorb()
-        failure, self.failure = self.failure, None
-        if failure is not None:
-            raise failure
+        self.raise_failure()
 
     def _absorb_job(self, job: WriteJob) -> None:
         warm = self._mover.warm

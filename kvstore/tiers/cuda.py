@@ -25,6 +25,7 @@ class CudaSlotTier(SlotTier):
     def __init__(self, spec: BlockSpec, slots: int, device: torch.device) -> None:
         self.spec = spec
         self.slots = slots
+        self.rows = None
         self.planes = [
             torch.empty((slots, *plane.shape), dtype=plane.dtype, device=device)
             for plane in spec.planes

@@ -6,6 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import kvstore.tiers.slots
 from kvstore.block import BlockSpec, Plane
 from kvstore.tiers.slots import Buffer, SlotTier, copy_slots, rows_of
 
@@ -81,6 +82,33 @@ def test_copy_slots_is_the_obvious_loop(source_slots, target_slots, hop, data):
         for plane, slab in zip(expected, source.planes, strict=True):
             plane[b] = slab[a]
     copy_slots(source, from_slots, target, to_slots, [Buffer(SPEC, hop), Buffer(SPEC, hop)])
+    for slab, plane in zip(target.planes, expected, strict=True):
+        assert bits(slab) == bits(plane)
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 3), st.integers(1, 12)), min_size=1, max_size=8),
+    st.integers(1, 6),
+)
+def test_slots_in_a_row_and_others(gaps_and_runs, least):
+    """Targets in runs of many lengths, of which some are worth a call of their own."""
+    targets, at = [], 0
+    for gap, run in gaps_and_runs:
+        at += gap
+        targets += range(at, at + run)
+        at += run
+    to_slots = np.array(targets)
+    from_slots = np.random.default_rng(0).permutation(len(targets) + 5)[: len(targets)]
+    source, target = SlotTier(SPEC, len(targets) + 5), SlotTier(SPEC, at + 2)
+    source.place(np.arange(source.slots), random_planes(source.slots, 1))
+    target.place(np.arange(target.slots), random_planes(target.slots, 2))
+    expected = [plane.clone() for plane in target.planes]
+    for plane, slab in zip(expected, source.planes, strict=True):
+        plane[torch.from_numpy(to_slots)] = slab[torch.from_numpy(from_slots)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kvstore.tiers.slots, "_RUN_BLOCKS", least)
+        patch.setattr(kvstore.tiers.slots, "_RUN_BYTES", 0)
+        copy_slots(source, from_slots, target, to_slots, [Buffer(SPEC, 3), Buffer(SPEC, 3)])
     for slab, plane in zip(target.planes, expected, strict=True):
         assert bits(slab) == bits(plane)
 

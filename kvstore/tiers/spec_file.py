@@ -1,0 +1,76 @@
+"""The block specification of a kept store: a small checked file beside the disk tier's.
+
+Owns its format, so that a store can be opened by its directory alone. The disk tier checks for
+itself that what it holds is of the specification it is given.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import torch
+import xxhash
+
+from kvstore.block import BlockSpec, Plane
+from kvstore.errors import CorruptBlockError
+
+FORMAT = 1
+NAME = "spec.json"
+
+
+def write_spec(directory: Path, spec: BlockSpec) -> None:
+    """Write the specification of a directory that has none yet; its owner alone may read it."""
+    path = directory / NAME
+    if path.exists():
+        return
+    planes = [
+        {"name": plane.name, "shape": list(plane.shape), "dtype": _name(plane.dtype)}
+        for plane in spec.planes
+    ]
+    text = json.dumps({"format": FORMAT, "planes": planes})
+    written = path.with_suffix(".new")
+    with os.fdopen(os.open(written, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+        file.write(f"{_checksum(text)}\n{text}\n")
+        file.flush()
+        os.fsync(file.fileno())
+    # Whole or not at all.
+    written.replace(path)
+
+
+def read_spec(directory: Path) -> BlockSpec:
+    """Read it back. ValueError where there is none, CorruptBlockError where it is damaged."""
+    path = directory / NAME
+    try:
+        checksum, text = path.read_text().splitlines()
+    except OSError as error:
+        raise ValueError(f"{directory} holds no store: {NAME}: {error.strerror}") from None
+    except ValueError:
+        raise CorruptBlockError(f"{path} is damaged: it has not two lines") from None
+    if checksum != _checksum(text):
+        raise CorruptBlockError(f"{path} is damaged: its checksum does not match")
+    found = json.loads(text)
+    if found["format"] != FORMAT:
+        raise ValueError(f"{path} is of format {found['format']}, this program reads {FORMAT}")
+    return BlockSpec(
+        tuple(
+            Plane(plane["name"], tuple(plane["shape"]), _dtype(plane["dtype"]))
+            for plane in found["planes"]
+        )
+    )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _dtype(name: str) -> torch.dtype:
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"{name!r} is not a dtype of this version of torch")
+    return dtype
+
+
+def _checksum(text: str) -> str:
+    return xxhash.xxh3_64_hexdigest(text.encode())

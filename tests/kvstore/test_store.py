@@ -1,0 +1,819 @@
+"""What the state machine cannot see: errors from outside, threads, forks, files, time."""
+
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import typing
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from kvstore.block import BlockSpec, Plane
+from kvstore.config import StoreConfig
+from kvstore.errors import (
+    CorruptBlockError,
+    HotTierTooSmallError,
+    StoreClosedError,
+    StoreFullError,
+    WriteFailedError,
+)
+from kvstore.store import Store
+from kvstore.trace import Kind, read_trace, read_trace_header
+
+SPEC = BlockSpec.kv(4, 8, torch.int16)
+NBYTES = SPEC.nbytes
+
+
+def make(hot=8, warm=16, cold="1GiB", spec=SPEC, **settings):
+    sizes = {"hot": hot * spec.nbytes, "warm": max(warm * spec.nbytes, 1), "cold": cold}
+    return Store(spec, StoreConfig(**{"device": "cpu", **sizes, **settings}))
+
+
+def random_planes(n, seed=0, spec=SPEC):
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        torch.randint(-(2**15), 2**15, (n, *plane.shape), generator=generator).to(plane.dtype)
+        for plane in spec.planes
+    ]
+
+
+def same(found, expected):
+    return all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+# What is asked
+
+
+def test_put_and_fetch_in_a_few_lines():
+    planes = random_planes(100)
+    with make() as store:
+        ids = store.put(planes)
+        assert len(store) == 100
+        assert same(store.fetch(ids), planes)
+        grid = ids[[[3, 1, 3], [99, 0, 50]]]
+        assert same(store.fetch(grid), [plane[grid] for plane in planes])
+        with store.pinned(grid) as pin:
+            assert pin.slots.shape == (2, 3)
+            slots = torch.from_numpy(pin.slots)
+            assert same([slab[slots] for slab in store.hot_planes], [p[grid] for p in planes])
+
+
+def test_nothing_is_a_selection_too():
+    with make() as store:
+        none = store.put(random_planes(0))
+        assert none.shape == (0,)
+        assert [list(plane.shape) for plane in store.fetch(none)] == [[0, 4, 8], [0, 4, 8]]
+        with store.pinned(np.empty((2, 0), np.int64)) as pin:
+            assert pin.slots.shape == (2, 0)
+            pin.weigh(torch.zeros(2, 0))
+        store.prefetch(none)
+        store.delete(none)
+        assert store.stats.lookups == 0
+
+
+@pytest.mark.parametrize(
+    ("planes", "message"),
+    [
+        ([torch.zeros(2, 4, 8, dtype=torch.int16)], "2 planes"),
+        ([torch.zeros(2, 4, 8, dtype=torch.int16), torch.zeros(2, 4, 8)], "float32"),
+        ([torch.zeros(2, 4, 8, dtype=torch.int16)] * 1 + [torch.zeros(3, 4, 8, dtype=torch.int16)],
+         r"values: expected torch.int16 \[2, 4, 8\], got torch.int16 \[3, 4, 8\]"),
+        ([torch.zeros(2, 4, 7, dtype=torch.int16)] * 2, r"\[2, 4, 7\]"),
+        ([torch.zeros(4, 8, dtype=torch.int16)] * 2, r"\[4, 8\]"),
+    ],
+)  # fmt: skip
+def test_other_planes_are_refused(planes, message):
+    with make() as store:
+        with pytest.raises(ValueError, match=message):
+            store.put(planes)
+        assert len(store) == 0
+        store.check()
+
+
+def test_ids_are_integers():
+    with make() as store:
+        ids = store.put(random_planes(3))
+        with pytest.raises(TypeError, match="float64"):
+            store.pinned(ids / 2)
+        assert same(store.fetch(torch.from_numpy(ids)), random_planes(3))
+        assert same(store.fetch(ids.astype(np.uint8).tolist()), random_planes(3))
+
+
+def test_weights_have_the_shape_of_the_ids():
+    class Heard:
+        """Keeps what it hears; evicts the lowest slot."""
+
+        heard: typing.ClassVar = []
+
+        def __init__(self, slots):
+            self.held = np.zeros(slots, bool)
+
+        def admit(self, slots):
+            self.held[slots] = True
+
+        def touch(self, slots):
+            pass
+
+        def weigh(self, slots, weights):
+            self.heard.append((slots.tolist(), weights.tolist(), weights.dtype))
+
+        def release(self, slots):
+            self.held[slots] = False
+
+        def victims(self, count, pinned):
+            chosen = self.peek(count, pinned)
+            self.release(chosen)
+            return chosen
+
+        def peek(self, count, pinned):
+            return np.flatnonzero(self.held & ~pinned)[:count]
+
+    with make(policy=Heard) as store:
+        ids = store.put(random_planes(4))
+        with store.pinned(ids[[[2, 0], [2, 3]]]) as pin:
+            (two, zero), (_, three) = pin.slots.tolist()
+            with pytest.raises(ValueError, match="shape"):
+                pin.weigh(np.ones(4))
+            pin.weigh(torch.tensor([[0.5, 0.25], [1.0, 0.125]], dtype=torch.bfloat16))
+        assert Heard.heard == [([two, zero, three], [1.5, 0.25, 0.125], np.float32)]
+        store.put(random_planes(40))
+        store.check()
+
+
+def test_a_policy_that_does_not_listen_is_named():
+    class Deaf:
+        def __init__(self, slots):
+            self.slots = slots
+
+        def admit(self, slots): ...
+        def touch(self, slots): ...
+        def weigh(self, slots, weights): ...
+        def release(self, slots): ...
+
+        def victims(self, count, pinned):
+            return np.arange(min(count, self.slots))
+
+        peek = victims
+
+    with make(hot=2, policy=Deaf) as store:
+        ids = store.put(random_planes(2))
+        with store.pinned(ids[:1]), pytest.raises(RuntimeError, match="Deaf"):
+            store.put(random_planes(1))
+
+
+def test_stats_count_each_block_where_it_lay():
+    with make(hot=2, warm=4) as store:
+        ids = store.put(random_planes(20))
+        store.flush()
+        with store.pinned(ids[[19, 18, 19]]):
+            pass
+        with store.pinned(ids[[17]]):
+            pass
+        with store.pinned(ids[[0]]):
+            pass
+        stats = store.stats
+        assert (stats.lookups, stats.hot.hits, stats.warm.hits, stats.cold.hits) == (4, 2, 1, 1)
+        with pytest.raises(KeyError, match="no block has the id 77"):
+            store.fetch(np.array([77]))
+        assert stats.not_found == 1
+        stats.check()
+        usage = store.usage()
+        assert (usage["hot"].blocks, usage["hot"].used_bytes) == (2, 2 * NBYTES)
+        assert (usage["warm"].blocks, usage["warm"].capacity_bytes) == (4, 4 * NBYTES)
+        assert usage["cold"].blocks == 20
+        assert 0 < usage["cold"].used_bytes < usage["cold"].capacity_bytes
+
+
+# Where room ends
+
+
+def test_a_block_larger_than_hot():
+    with pytest.raises(ValueError, match=f"give at least {NBYTES}"):
+        Store(SPEC, StoreConfig(hot=NBYTES - 1, device="cpu"))
+
+
+def test_a_block_larger_than_cold():
+    with pytest.raises(ValueError, match="cold"):
+        Store(SPEC, StoreConfig(hot=NBYTES, cold=NBYTES - 1, device="cpu"))
+
+
+def test_a_block_larger_than_warm_goes_straight_to_disk():
+    with make(hot=2, warm=0) as store:
+        ids = store.put(random_planes(9))
+        assert store.usage()["cold"].blocks == 9
+        assert same(store.fetch(ids), random_planes(9))
+        assert store.usage()["warm"].capacity_bytes == 0
+        store.check()
+
+
+def test_hot_smaller_than_one_fetch():
+    with make(hot=4) as store:
+        ids = store.put(random_planes(10))
+        with pytest.raises(HotTierTooSmallError, match=f"holds 4 blocks and 5 .* {5 * NBYTES} b"):
+            store.pinned(ids[:5]).__enter__()
+        with store.pinned(ids[:2]):
+            with pytest.raises(HotTierTooSmallError, match=f"{5 * NBYTES} bytes"):
+                store.pinned(ids[2:5]).__enter__()
+            with store.pinned(ids[1:4]):
+                pass
+        store.check()
+        assert same(store.fetch(ids), random_planes(10))
+
+
+def test_waves_of_a_selection_that_does_not_fit():
+    with make(hot=4) as store:
+        ids = store.put(random_planes(10))
+        selection = ids[[[0, 1, 2], [2, 1, 3], [4, 5, 6], [6, 7, 7], [8, 8, 9]]]
+        seen = []
+        for wave in store.waves(selection):
+            with store.pinned(selection[wave]) as pin:
+                seen += range(wave.start, wave.stop)
+                assert len(np.unique(pin.slots)) <= 4
+        assert seen == [0, 1, 2, 3, 4]
+        with pytest.raises(HotTierTooSmallError, match=f"{5 * NBYTES} bytes"):
+            list(store.waves(ids[None, :5]))
+        with pytest.raises(ValueError, match="groups"):
+            list(store.waves(ids))
+
+
+def test_hot_and_warm_full_without_cold():
+    with make(hot=4, warm=6, cold=None) as store:
+        ids = store.put(random_planes(10))
+        for _ in range(2):
+            with pytest.raises(StoreFullError, match=r"10 blocks .* 1 more"):
+                store.put(random_planes(1))
+        assert same(store.fetch(ids), random_planes(10))
+        store.check()
+        store.delete(ids[3:5])
+        more = store.put(random_planes(2, seed=1))
+        kept = np.delete(np.arange(10), [3, 4])
+        assert same(store.fetch(ids[kept]), [plane[kept] for plane in random_planes(10)])
+        assert same(store.fetch(more), random_planes(2, seed=1))
+        with pytest.raises(ValueError, match="disk tier"):
+            store.put_record(b"key", b"value")
+
+
+def fill(store, ids, stored):
+    for turn in range(1000):
+        planes = random_planes(16, turn, store.spec)
+        ids.append(store.put(planes))
+        stored.append(planes)
+
+
+def put_many(store, turns, n):
+    for turn in range(turns):
+        store.put(random_planes(n, turn))
+
+
+def test_a_full_cold_tier(tmp_path):
+    """Ten MiB, then an error that names the tier; all that was stored is still there."""
+    spec = BlockSpec.kv(16, 64, torch.int16)
+    config = StoreConfig(
+        hot="64KiB", warm="256KiB", cold="10MiB", directory=tmp_path / "store", device="cpu"
+    )
+    stored, ids = [], []
+    with Store(spec, config) as store:
+        with pytest.raises(StoreFullError, match="cold tier is full"):
+            fill(store, ids, stored)
+        assert 8 << 20 < len(store) * spec.nbytes < 12 << 20
+        for _ in range(2):
+            with pytest.raises(StoreFullError):
+                store.put(random_planes(100, 0, spec))
+            store.check()
+        for block, planes in zip(ids, stored, strict=True):
+            assert same(store.fetch(block), planes)
+        # Room can be made, and is used.
+        for block in ids[:10]:
+            store.delete(block)
+        again = store.put(random_planes(16, 7, spec))
+        assert same(store.fetch(again), random_planes(16, 7, spec))
+        store.flush()
+        files = sum(path.stat().st_size for path in (tmp_path / "store").iterdir())
+        assert files <= 10 << 20
+    with Store.open(tmp_path / "store", config) as store:
+        assert same(store.fetch(ids[10]), stored[10])
+        assert same(store.fetch(again), random_planes(16, 7, spec))
+
+
+def test_slabs_take_no_memory_before_they_are_used():
+    with make(hot=1000, warm=2000, spec=BlockSpec.kv(64, 512, torch.int16), cold=None) as store:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        store.put(random_planes(1, spec=store.spec))
+        grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+        assert grown < 50 << 10, f"{grown} KiB"
+
+
+# Where things fail
+
+
+def test_a_failing_writer_is_heard_and_reading_goes_on():
+    with make(hot=4, warm=16) as store:
+        ids = store.put(random_planes(8))
+        write = store._disk.write
+
+        def fail(*_):
+            raise OSError("no such device")
+
+        store._disk.write = fail
+        with pytest.raises(WriteFailedError, match="no such device") as caught:
+            put_many(store, 100, 1)
+        assert isinstance(caught.value.__cause__, OSError)
+        count = len(store)
+        for _ in range(3):
+            assert same(store.fetch(ids), random_planes(8))
+            store.check()
+        with pytest.raises(WriteFailedError):
+            store.flush()
+        assert same(store.fetch(ids), random_planes(8))
+        store._disk.write = write
+        store.flush()
+        assert store.usage()["cold"].blocks == count == len(store)
+        assert same(store.fetch(ids), random_planes(8))
+
+
+def test_a_failing_writer_is_heard_at_the_next_call():
+    with make(hot=2, warm=16) as store:
+        ids = store.put(random_planes(8))
+
+        def fail(*_):
+            raise OSError("no such device")
+
+        store._disk.write = fail
+        store.put(random_planes(8))
+        for job in list(store._writer._jobs):
+            store._writer._crew.wait(job)
+        with pytest.raises(WriteFailedError, match="no such device"):
+            store.fetch(ids)
+        assert same(store.fetch(ids), random_planes(8))
+
+
+def test_put_waits_for_a_slow_writer_and_never_overruns(monkeypatch):
+    with make(hot=4, warm=8, workers=2) as store:
+        write = store._disk.write
+
+        def slow(*args):
+            time.sleep(0.002)
+            return write(*args)
+
+        store._disk.write = slow
+        ids = [store.put(random_planes(5, turn)) for turn in range(30)]
+        assert store.stats.write_waits > 0
+        store.check()
+        for turn, block in enumerate(ids):
+            assert same(store.fetch(block), random_planes(5, turn))
+
+
+def test_a_damaged_block_is_named_and_the_others_are_read(tmp_path):
+    with make(hot=4, warm=4, directory=tmp_path) as store:
+        ids = store.put(random_planes(40))
+        store.flush()
+        read = store._disk.read
+        bad = int(ids[3])
+
+        def damaged(ids, *rest):
+            if bad in ids:
+                raise CorruptBlockError(f"block {bad} is damaged on disk")
+            read(ids, *rest)
+
+        store._disk.read = damaged
+        for _ in range(2):
+            with pytest.raises(CorruptBlockError, match=f"block {bad} "):
+                store.fetch(ids[2:5])
+            store.check()
+            store.prefetch(ids[2:5])
+            for job in list(store._prefetch._jobs):
+                store._prefetch._crew.wait(job)
+            assert same(store.fetch(ids[5:]), [plane[5:] for plane in random_planes(40)])
+            store.check()
+
+
+def test_bits_flipped_in_the_file_are_found(tmp_path):
+    with make(directory=tmp_path) as store:
+        ids = store.put(random_planes(64))
+    path = tmp_path / "data.mdb"
+    data = bytearray(path.read_bytes())
+    # One bit in each frame; LMDB has some of them twice, in pages that it no longer uses.
+    frames = [match.start() for match in re.finditer(b"KVBF", data)]
+    assert len(frames) >= 64
+    for start in frames:
+        data[start + 60] ^= 1
+    path.write_bytes(data)
+    with make(directory=tmp_path, hot=64) as store:
+        for block in ids:
+            with pytest.raises(CorruptBlockError, match=f"block {block} "):
+                store.fetch(ids[block : block + 1])
+        store.check()
+
+
+# Prefetch
+
+
+def wait_for_reads(store):
+    for job in list(store._prefetch._jobs):
+        store._prefetch._crew.wait(job)
+
+
+def test_prefetch_brings_blocks_up():
+    with make(hot=8, warm=4) as store:
+        ids = store.put(random_planes(40))
+        store.flush()
+        store.prefetch(ids[:3])
+        store.prefetch(ids[:3])
+        assert store.stats.prefetch.issued == 3
+        wait_for_reads(store)
+        assert same(store.fetch(ids[:3]), [plane[:3] for plane in random_planes(40)])
+        assert store.stats.hot.hits == 3
+        assert store.stats.prefetch.used == 3
+        store.prefetch(ids[3:5])
+        wait_for_reads(store)
+        store.fetch(ids[10:])
+        assert store.stats.prefetch.wasted == 2
+        store.check()
+
+
+def test_a_fetch_waits_for_what_is_on_its_way():
+    with make(hot=8, warm=4) as store:
+        ids = store.put(random_planes(40))
+        store.flush()
+        read = store._disk.read
+        go = threading.Event()
+        calls = []
+
+        def slow(*args):
+            calls.append(args[0].tolist())
+            assert go.wait(10)
+            return read(*args)
+
+        store._disk.read = slow
+        store.prefetch(ids[:3])
+        threading.Timer(0.05, go.set).start()
+        assert same(store.fetch(ids[:4]), [plane[:4] for plane in random_planes(40)])
+        assert sorted(map(len, calls)) == [1, 3]
+        assert (store.stats.cold.hits, store.stats.prefetch.used) == (4, 3)
+        store.check()
+
+
+def test_prefetch_is_bounded_and_never_evicts_what_is_pinned():
+    with make(hot=8, warm=4, staging=8 * NBYTES) as store:
+        ids = store.put(random_planes(40))
+        store.flush()
+        with store.pinned(ids[:6]) as pin:
+            before = [slab[torch.from_numpy(pin.slots)].clone() for slab in store.hot_planes]
+            store.prefetch(ids[10:])
+            assert store.stats.prefetch.issued == 1
+            wait_for_reads(store)
+            store.check()
+            assert same(store.fetch(ids[:6]), before)
+        store.prefetch(ids[10:])
+        store.check()
+        assert store.stats.prefetch.issued <= 5
+
+
+def test_deleting_what_is_on_its_way():
+    with make(hot=8, warm=4) as store:
+        ids = store.put(random_planes(40))
+        store.flush()
+        store.prefetch(ids[:3])
+        store.delete(ids[:3])
+        store.check()
+        assert store.stats.prefetch.wasted == 3
+        new = store.put(random_planes(40, seed=1))
+        assert same(store.fetch(new), random_planes(40, seed=1))
+
+
+# Whose it is, and when it ends
+
+
+def test_another_thread_is_refused():
+    with make() as store:
+        ids = store.put(random_planes(1))
+        caught = []
+
+        def ask():
+            for call in (lambda: store.fetch(ids), store.flush, store.close):
+                try:
+                    call()
+                except RuntimeError as error:
+                    caught.append(str(error))
+
+        thread = threading.Thread(target=ask)
+        thread.start()
+        thread.join()
+        assert len(caught) == 3
+        assert all("thread" in message for message in caught)
+        assert same(store.fetch(ids), random_planes(1))
+
+
+def test_a_forked_process_is_refused_and_removes_nothing():
+    with make() as store:
+        ids = store.put(random_planes(40))
+        store.flush()
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                store.fetch(ids)
+            except RuntimeError as error:
+                if "fork" in str(error):
+                    store._release()
+                    status = 0
+            finally:
+                os._exit(status)
+        assert os.waitpid(child, 0)[1] == 0
+        assert store._disk.directory.exists()
+        assert same(store.fetch(ids), random_planes(40))
+
+
+def test_a_closed_store():
+    store = make()
+    ids = store.put(random_planes(1))
+    with store.pinned(ids):
+        store.close()
+    store.close()
+    for call in (lambda: store.fetch(ids), store.flush, store.check, lambda: store.put([])):
+        with pytest.raises(StoreClosedError):
+            call()
+
+
+def test_a_temporary_store_is_removed():
+    store = make()
+    directory = store._disk.directory
+    store.put(random_planes(40))
+    store.flush()
+    assert any(directory.iterdir())
+    assert directory.stat().st_mode & 0o077 == 0
+    store.close()
+    assert not directory.exists()
+
+
+def test_a_temporary_store_is_removed_after_an_error():
+    store = make()
+    directory = store._disk.directory
+    with pytest.raises(ZeroDivisionError), store:
+        raise ZeroDivisionError
+    assert not directory.exists()
+
+
+def test_a_temporary_store_that_nobody_holds_is_removed():
+    store = make()
+    store.put(random_planes(40))
+    directory = store._disk.directory
+    del store
+    assert not directory.exists()
+
+
+PROGRAM = """
+import sys, time, torch
+from kvstore.block import BlockSpec
+from kvstore.config import StoreConfig
+from kvstore.store import Store
+store = Store(BlockSpec.kv(4, 8), StoreConfig(hot=1 << 12, warm=1 << 14, device="cpu"))
+store.put([torch.zeros(500, 4, 8, dtype=torch.bfloat16)] * 2)
+print(store._disk.directory, flush=True)
+if sys.argv[1] == "wait":
+    time.sleep(60)
+if sys.argv[1] == "raise":
+    raise SystemExit(3)
+"""
+
+
+@pytest.mark.parametrize("ending", ["wait", "raise", "end"])
+def test_a_temporary_store_is_removed_when_the_process_ends(ending):
+    command = [sys.executable, "-c", PROGRAM, ending]
+    root = Path(__file__).parents[2]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=root
+    ) as process:
+        directory = Path(process.stdout.readline().strip())
+        assert directory.name.startswith("kvstore-")
+        if ending == "wait":
+            assert directory.exists()
+            process.send_signal(signal.SIGINT)
+        process.wait(60)
+    assert not directory.exists()
+
+
+def test_a_store_that_cannot_be_opened_leaves_nothing_behind(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    trace = tmp_path / "not there" / "trace"
+    with pytest.raises(ValueError, match="trace"):
+        make(trace=trace)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_an_unwritable_directory(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(ValueError, match=str(tmp_path)):
+        make(directory=tmp_path / "store")
+
+
+def test_a_directory_where_none_can_be():
+    with pytest.raises(ValueError, match="/proc/nowhere"):
+        make(directory="/proc/nowhere")
+
+
+def test_a_path_that_is_a_file(tmp_path):
+    path = tmp_path / "store"
+    path.write_text("not a store")
+    with pytest.raises(ValueError, match="file"):
+        make(directory=path)
+    assert path.read_text() == "not a store"
+
+
+# Kept stores
+
+
+def test_a_kept_store_is_found_again(tmp_path):
+    directory = tmp_path / "store"
+    with make(directory=directory) as store:
+        ids = store.put(random_planes(50))
+        store.delete(ids[10:20])
+        store.put_records({b"a/1": b"one", b"a/2": b"two", b"b": b"x" * 100_000})
+        store.put_record(b"a/2", None)
+    assert directory.stat().st_mode & 0o077 == 0
+    with Store.open(directory, StoreConfig(hot=5 * NBYTES, warm=7 * NBYTES, device="cpu")) as store:
+        assert store.spec == SPEC
+        store.check()
+        assert len(store) == 40
+        kept = np.r_[0:10, 20:50]
+        assert same(store.fetch(ids[kept]), [plane[kept] for plane in random_planes(50)])
+        for block in ids[10:20]:
+            with pytest.raises(KeyError):
+                store.fetch(np.array([block]))
+        assert store.record_keys() == [b"a/1", b"b"]
+        assert store.record_keys(b"a/") == [b"a/1"]
+        assert store.get_record(b"b") == b"x" * 100_000
+        assert store.get_record(b"a/2") is None
+        new = store.put(random_planes(30, seed=1))
+        assert not set(new.tolist()) & set(ids[kept].tolist())
+        assert same(store.fetch(new), random_planes(30, seed=1))
+        store.check()
+
+
+def test_a_kept_store_writes_behind_before_it_is_asked_to(tmp_path):
+    with make(hot=64, warm=64, directory=tmp_path) as store:
+        store.put(random_planes(32))
+        assert store._writer.busy or store.usage()["cold"].blocks
+    with make(hot=64, warm=64) as store:
+        store.put(random_planes(32))
+        assert not store._writer.busy
+        assert store.usage()["cold"].blocks == 0
+
+
+def test_another_specification_is_refused(tmp_path):
+    with make(directory=tmp_path) as store:
+        store.put(random_planes(1))
+    other = BlockSpec((Plane("keys", (4, 8), torch.float16), Plane("values", (4, 8), torch.int16)))
+    with pytest.raises(ValueError, match=r"planes|blocks"):
+        make(directory=tmp_path, spec=other)
+
+
+def test_opening_what_is_no_store(tmp_path):
+    with pytest.raises(ValueError, match="holds no store"):
+        Store.open(tmp_path / "nowhere")
+    (tmp_path / "spec.json").write_text("0000\n{}\n")
+    with pytest.raises(CorruptBlockError, match=r"spec\.json"):
+        Store.open(tmp_path)
+    (tmp_path / "spec.json").write_text("")
+    with pytest.raises(CorruptBlockError, match=r"spec\.json"):
+        Store.open(tmp_path)
+
+
+def test_ids_are_used_again_but_not_at_once():
+    with make(hot=8, warm=8, cold=None) as store:
+        seen = []
+        for turn in range(300):
+            ids = store.put(random_planes(10, turn))
+            seen += ids.tolist()
+            store.delete(ids)
+        assert len(set(seen[:1000])) == 1000
+        assert max(seen) < 2048
+        store.check()
+
+
+# Contexts and traces
+
+
+def test_contexts_share_a_store_and_a_fetch():
+    with make(hot=40) as store:
+        contexts = [store.context(streams=2, landmark_dim=3) for _ in range(2)]
+        planes = [torch.randint(0, 99, (2, 12, 8)).to(torch.int16) for _ in range(4)]
+        for context, keys, values in zip(contexts, planes[:2], planes[2:], strict=True):
+            context.append(slice(None), [keys, values], torch.zeros(2, 3, 3))
+        streams, blocks = np.array([0, 1]), np.array([[0, 2], [1, 1]])
+        ids = np.stack([context.ids(streams, blocks) for context in contexts])
+        keys, values = store.fetch(ids)
+        for place, context in np.ndindex(4, 2):
+            stream, block = place // 2, blocks[place // 2, place % 2]
+            tokens = slice(4 * block, 4 * block + 4)
+            found = keys[context, stream, place % 2], values[context, stream, place % 2]
+            assert same(
+                found, [planes[context][stream, tokens], planes[2 + context][stream, tokens]]
+            )
+        contexts[0].delete()
+        store.check()
+        assert len(store) == 6
+    assert not store.contexts
+
+
+def test_kept_contexts_are_saved_when_the_store_closes(tmp_path):
+    tokens = torch.arange(2 * 10 * 8).view(2, 10, 8).to(torch.int16)
+    with make(directory=tmp_path) as store:
+        context = store.context("novel", streams=2, landmark_dim=3)
+        context.append(slice(None), [tokens, -tokens], torch.zeros(2, 2, 3))
+        store.context(streams=1, landmark_dim=3)
+    with Store.open(tmp_path, StoreConfig(device="cpu")) as store:
+        context = store.context("novel", streams=2, landmark_dim=3)
+        ids = context.ids(np.array([0, 1]), np.array([[0, 1], [0, 1]]))
+        assert same(store.fetch(ids), [t[:, :8].reshape(2, 2, 4, 8) for t in (tokens, -tokens)])
+        store.check()
+
+
+def test_a_trace_has_every_access(tmp_path):
+    path = tmp_path / "trace"
+    with make(hot=2, warm=4, trace=path) as store:
+        ids = store.put(random_planes(8))
+        store.flush()
+        with store.pinned(ids[[7, 6, 7]]) as pin:
+            pin.weigh(np.array([0.5, 0.25, 0.25], np.float32))
+        store.fetch(ids[:1])
+        store.prefetch(ids[1:2])
+        with pytest.raises(KeyError):
+            store.fetch(np.array([99]))
+        store.delete(ids[:2])
+    assert read_trace_header(path)["hot_slots"] == 2
+    events = list(read_trace(path))
+    assert [e.ids.tolist() for e in events if e.kind is Kind.PUT] == [ids.tolist()]
+    fetches = [(e.ids.tolist(), e.tiers.tolist()) for e in events if e.kind is Kind.FETCH]
+    assert fetches[0] == ([7, 6], [0, 0])
+    assert fetches[1][0] == [0]
+    assert fetches[2] == ([99], [3])
+    weights = [(e.ids.tolist(), e.weights.tolist()) for e in events if e.kind is Kind.WEIGH]
+    assert weights == [([7, 6], [0.75, 0.25])]
+    assert [e.ids.tolist() for e in events if e.kind is Kind.PREFETCH] == [[1]]
+    assert [e.ids.tolist() for e in events if e.kind is Kind.DELETE] == [[0, 1]]
+    assert any(e.kind is Kind.EVICT for e in events)
+
+
+def test_a_trace_that_cannot_be_written_stops_no_move(tmp_path):
+    with make(hot=2, warm=4, trace=tmp_path / "trace") as store:
+        ids = store.put(random_planes(8))
+
+        def fail(*_):
+            raise WriteFailedError("the trace could not be written: no space")
+
+        store._recorder._trace.evict = fail
+        with pytest.raises(WriteFailedError, match="trace"):
+            put_many(store, 3, 4)
+        store._recorder._trace.evict = lambda *_: None
+        assert same(store.fetch(ids), random_planes(8))
+        store.check()
+
+
+def test_a_hit_is_quick():
+    """Generous: the bench measures. A Python loop over 128 blocks would not pass."""
+    with make(hot=2000, warm=10) as store:
+        ids = store.put(random_planes(1500))
+        wanted = np.random.default_rng(0).choice(ids, (8, 16))
+        times = []
+        for _ in range(200):
+            start = time.perf_counter()
+            with store.pinned(wanted):
+                pass
+            times.append(time.perf_counter() - start)
+        assert sorted(times)[100] < 150e-6
+
+
+def test_everything_about_a_store_is_json():
+    with make() as store:
+        store.put(random_planes(3))
+        json.dumps(store.stats.snapshot())
+
+
+@pytest.mark.gpu
+def test_on_cuda():
+    planes = random_planes(500)
+    config = StoreConfig(hot=32 * NBYTES, warm=64 * NBYTES, device="cuda")
+    rng = np.random.default_rng(0)
+    with Store(SPEC, config) as store:
+        ids = store.put([plane.cuda() for plane in planes[:1]] + planes[1:])
+        for _ in range(200):
+            chosen = rng.choice(500, (4, 4))
+            store.prefetch(ids[rng.choice(500, 8)])
+            with store.pinned(ids[chosen]) as pin:
+                slots = torch.from_numpy(pin.slots).cuda()
+                found = [slab[slots] for slab in store.hot_planes]
+            store.put([plane.cuda() for plane in random_planes(2)])
+            assert same([plane.cpu() for plane in found], [plane[chosen] for plane in planes])
+            store.check()
+        assert same([plane.cpu() for plane in store.fetch(ids)], planes)

@@ -54,8 +54,8 @@ CURRICULUM = (
     Stage(800, 512, 16, 4, needles=0.4, mentions=0.5),
     Stage(400, 256, 32, 0, needles=0.3, mentions=0.8, repeats=0.6),
     Stage(200, 512, 16, 4, needles=0.3, mentions=0.8, repeats=0.6),
-    Stage(450, 256, 32, 0, needles=0.3, mentions=0.8, repeats=0.8, gibberish=0.6),
-    Stage(750, 512, 16, 4, needles=0.35, mentions=0.6, repeats=0.5, gibberish=0.3),
+    Stage(400, 256, 32, 0, needles=0.3, mentions=0.8, repeats=0.8, gibberish=0.6),
+    Stage(800, 512, 16, 4, needles=0.6, mentions=0.3, repeats=0.5),
 )
 
 CYCLES = ((0, 5200, 1.0), (4200, 5700, 0.75), (4800, 6000, 0.75))

@@ -283,7 +283,7 @@ class Mover:
         warm = self.warm
         slots = warm.take_free(n)
         if len(slots) < n:
-            dropped = np.flatnonzero(warm.spare & ~warm.pinned)[: n - len(slots)]
+            dropped = warm.next_spare(n - len(slots))
             lacking = n - len(slots) - len(dropped)
             if lacking and self.disk is not None:
                 dropped = np.concatenate((dropped, warm.victims(lacking, warm.sole)))

@@ -12,6 +12,8 @@ from kvstore.policy import Policy, PolicyFactory, make_policy
 from kvstore.residency import Ids
 from kvstore.tiers.slots import Slots
 
+_REACH = 4096
+
 
 class Occupancy:
     """The slots of one memory tier.
@@ -39,6 +41,7 @@ class Occupancy:
         # The lowest slots lie on top of the stack.
         self._free = np.arange(slots - 1, -1, -1, dtype=np.int64)
         self.free_count = slots
+        self._hand = 0
 
     @property
     def used(self) -> int:
@@ -87,6 +90,21 @@ class Occupancy:
                 f"the policy {type(self.policy).__name__} chose a slot that it was told to keep"
             )
         return chosen
+
+    def next_spare(self, n: int) -> Slots:
+        """At most n spare slots that are not pinned. Whoever was passed longest ago comes first."""
+        found: list[Slots] = []
+        start, left = self._hand, self.slots
+        while n > 0 and left > 0:
+            # A few blocks of a million need not look at a million slots.
+            stop = min(start + max(_REACH, 8 * n), start + left, self.slots)
+            part = start + np.flatnonzero(self.spare[start:stop] & ~self.pinned[start:stop])[:n]
+            found.append(part)
+            n -= len(part)
+            left -= stop - start
+            start = int(part[-1]) + 1 if n == 0 else stop % self.slots
+        self._hand = start % max(1, self.slots)
+        return np.concatenate(found) if found else np.empty(0, np.int64)
 
     def rebuild(self, ids: Ids, slots: Slots) -> None:
         """Start over with these blocks in these slots; the order of eviction is lost.

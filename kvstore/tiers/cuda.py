@@ -41,7 +41,7 @@ class CudaSlotTier(SlotTier):
     def gather(self, slots: Slots, rows: Rows) -> None:
         """Copy the blocks in these slots [n] to rows [n], and wait until they are there."""
         with torch.cuda.stream(self._stream):
-            index = torch.from_numpy(slots).to(self._device)
+            index = self._index(slots)
             for words, row in zip(self._words, rows, strict=True):
                 host = torch.from_numpy(row).view(words.dtype)
                 host.copy_(words.index_select(0, index), non_blocking=True)
@@ -49,7 +49,7 @@ class CudaSlotTier(SlotTier):
 
     def scatter(self, slots: Slots, rows: Rows) -> torch.cuda.Event | None:
         with torch.cuda.stream(self._stream):
-            index = torch.from_numpy(slots).to(self._device)
+            index = self._index(slots)
             for words, row in zip(self._words, rows, strict=True):
                 device_rows = torch.from_numpy(row).to(self._device, non_blocking=True)
                 words.index_copy_(0, index, device_rows.view(words.dtype))
@@ -59,10 +59,11 @@ class CudaSlotTier(SlotTier):
     def place(self, slots: Slots, planes: Sequence[torch.Tensor]) -> None:
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
-            index = torch.from_numpy(slots).to(self._device)
+            index = self._index(slots)
             for slab, tensor in zip(self.planes, planes, strict=True):
                 given = tensor.detach()
-                slab.index_copy_(0, index, given.to(self._device, non_blocking=True))
+                # What lies in host memory is the caller's again when this returns.
+                slab.index_copy_(0, index, given.to(self._device, non_blocking=given.is_cuda))
                 if given.is_cuda:
                     given.record_stream(self._stream)
             self._written = _event(self._stream)
@@ -73,6 +74,10 @@ class CudaSlotTier(SlotTier):
 
     def mark_reads(self) -> torch.cuda.Event | None:
         return _event(torch.cuda.current_stream(self._device))
+
+    def _index(self, slots: Slots) -> torch.Tensor:
+        # Pinned: copying from other memory would wait for everything on the stream before it.
+        return torch.from_numpy(slots).pin_memory().to(self._device, non_blocking=True)
 
 
 def _event(stream: torch.cuda.Stream) -> torch.cuda.Event:

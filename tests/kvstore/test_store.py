@@ -586,20 +586,27 @@ if sys.argv[1] == "raise":
 """
 
 
-@pytest.mark.parametrize("ending", ["wait", "raise", "end"])
-def test_a_temporary_store_is_removed_when_the_process_ends(ending):
-    command = [sys.executable, "-c", PROGRAM, ending]
-    root = Path(__file__).parents[2]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=root
-    ) as process:
-        directory = Path(process.stdout.readline().strip())
-        assert directory.name.startswith("kvstore-")
-        if ending == "wait":
-            assert directory.exists()
-            process.send_signal(signal.SIGINT)
-        process.wait(60)
-    assert not directory.exists()
+def test_temporary_stores_are_removed_when_the_process_ends():
+    """By Ctrl-C, by an error, by its end."""
+    processes = {
+        ending: subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, ending],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            cwd=Path(__file__).parents[2],
+        )
+        for ending in ("wait", "raise", "end")
+    }
+    for ending, process in processes.items():
+        with process:
+            directory = Path(process.stdout.readline().strip())
+            assert directory.name.startswith("kvstore-")
+            if ending == "wait":
+                assert directory.exists()
+                process.send_signal(signal.SIGINT)
+            process.wait(60)
+        assert not directory.exists()
 
 
 def test_a_store_that_cannot_be_opened_leaves_nothing_behind(tmp_path, monkeypatch):

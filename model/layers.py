@@ -6,6 +6,8 @@ P = block_size + 1 positions, the last one being the landmark token's.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -69,6 +71,33 @@ def merge_heads(x: Tensor) -> Tensor:
     return x.movedim(-4, -2).flatten(-2)
 
 
+@dataclass(frozen=True)
+class Frame:
+    """What a local layer knows of R places in a block, for each of the w + 1 blocks it looks at.
+
+    cos, sin: [w + 1, R, D / 2] turn a query towards a block, the oldest first; hidden: bool
+    [w + 1, R, K], the tokens it does not see.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    hidden: Tensor
+
+    @classmethod
+    def of(cls, rotary: Rotary, window_blocks: int, stride: int, like: Tensor) -> Frame:
+        """Return the frame of all places of a block of `stride` positions, the landmark's too."""
+        offsets = torch.arange(stride, device=like.device)
+        back = torch.arange(window_blocks, -1, -1, device=like.device)
+        far = offsets + back[:, None] * stride  # [w + 1, P]
+        distance = far[:, :, None] - offsets[:-1]  # [w + 1, P, K]
+        cos, sin = rotary.table(far, like.dtype)
+        return cls(cos, sin, (distance < 0) | (distance >= window_blocks * stride))
+
+    def rows(self, places: slice) -> Frame:
+        """Return the frame of some of the places."""
+        return Frame(self.cos[:, places], self.sin[:, places], self.hidden[:, places])
+
+
 class LocalAttention(nn.Module):
     """Attention to the own block and the `window_blocks` before it; landmark tokens are not seen.
 
@@ -93,43 +122,33 @@ class LocalAttention(nn.Module):
         q: Tensor,  # [..., N, R, D] not rotated
         k: Tensor,  # [..., N + window_blocks, K, D] rotated from each block's start
         v: Tensor,  # [..., N + window_blocks, K, D]
-        rotary: Rotary,
-        offsets: Tensor,  # [R] places of the queries in their block
-        present: Tensor,  # [N + window_blocks] bool: false where a block lies before the text
+        frame: Frame,  # of the R places
+        first: int,  # number of the first of the N blocks; those before block 0 are not there
     ) -> Tensor:  # [..., N, R, D]
-        """Attend from R positions of each of the last N blocks; K <= block_size keys a block.
+        """Attend from R positions of each of the last N blocks; K = block_size keys a block.
 
         The window reaches window_blocks * P positions back, so every query sees as far.
         """
-        blocks, w, tokens = q.shape[-3], self.window_blocks, k.shape[-2]
-        stride = tokens + 1
-        scale = q.shape[-1] ** -0.5
-        scores = []
-        place = torch.arange(tokens, device=q.device)
-        for back in range(w, -1, -1):
-            shifted = rotate(q * scale, rotary.table(offsets + back * stride, q.dtype))
-            first = w - back
-            s = shifted @ k[..., first : first + blocks, :, :].transpose(-1, -2)
-            distance = offsets[:, None] + back * stride - place  # [R, K]
-            seen = (distance >= 0) & (distance < w * stride)
-            seen = seen & present[first : first + blocks, None, None]
-            scores.append(s.masked_fill(~seen, float("-inf")))
-        weights = torch.cat(scores, dim=-1).softmax(dim=-1)
-        out = 0.0
-        for back in range(w, -1, -1):
-            first = w - back
-            part = weights[..., first * tokens : (first + 1) * tokens]
-            out = out + part @ v[..., first : first + blocks, :, :]
-        return out  # type: ignore[return-value]
+        w = self.window_blocks
+        blocks = q.shape[-3]
+        near_k = k.unfold(-3, w + 1, 1).movedim(-1, -3)  # [..., N, w + 1, K, D]
+        near_v = v.unfold(-3, w + 1, 1).movedim(-1, -3)
+        q = rotate((q * q.shape[-1] ** -0.5)[..., None, :, :], (frame.cos, frame.sin))
+        scores = q @ near_k.transpose(-1, -2)  # [..., N, w + 1, R, K]
+        hidden = frame.hidden
+        if first < w:
+            number = torch.arange(first, first + blocks, device=q.device)[:, None]
+            back = torch.arange(w, -1, -1, device=q.device)
+            hidden = hidden | (number < back)[..., None, None]
+        scores = scores.masked_fill(hidden, float("-inf")).movedim(-3, -2).flatten(-2)
+        return scores.softmax(dim=-1) @ near_v.flatten(-3, -2)
 
     def forward(self, x: Tensor, rotary: Rotary) -> Tensor:  # [B, N, P, width]
         """Attend over whole sequences, for training."""
         q, k, v = self.project(x)
-        tokens = x.shape[-2] - 1
-        offsets = torch.arange(tokens + 1, device=x.device)
-        k = rotate(k, rotary.table(offsets, k.dtype))
+        frame = Frame.of(rotary, self.window_blocks, x.shape[-2], q)
+        k = rotate(k, (frame.cos[-1], frame.sin[-1]))
         pad = (0, 0, 0, 0, self.window_blocks, 0)
-        k = F.pad(k[..., :tokens, :], pad)
-        v = F.pad(v[..., :tokens, :], pad)
-        present = torch.arange(k.shape[-3], device=x.device) >= self.window_blocks
-        return self.out(merge_heads(self.attend(q, k, v, rotary, offsets, present)))
+        k = F.pad(k[..., :-1, :], pad)
+        v = F.pad(v[..., :-1, :], pad)
+        return self.out(merge_heads(self.attend(q, k, v, frame, 0)))

@@ -7,7 +7,7 @@ layers.py, the bytes are the store's.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,7 @@ from kvstore.store import Store
 from model.attention import block_attention, window_attention
 from model.config import VOCABULARY
 from model.landmark import LandmarkAttention
-from model.layers import LocalAttention, merge_heads, rotate
+from model.layers import Frame, LocalAttention, merge_heads, rotate
 from model.transformer import Transformer
 
 
@@ -49,22 +49,37 @@ class Retrieval:
 
 @dataclass(frozen=True)
 class Rows:
-    """The positions one piece brings: R places in each of N consecutive blocks.
+    """The positions one piece brings: the places start to stop of each of N consecutive blocks.
 
-    first: number of the first block; offsets: [R] places in the block, the landmark's last.
+    first: number of the first block. Place block_size is the landmark's; a piece of several blocks
+    has all places of each.
     """
 
     first: int
     blocks: int
-    offsets: Tensor
+    start: int
+    stop: int
+    block_size: int
 
-    def tokens(self, block_size: int) -> int:
+    @property
+    def places(self) -> slice:
+        """The places in a block."""
+        return slice(self.start, self.stop)
+
+    @property
+    def closes(self) -> bool:
+        """Whether the last place is the landmark's: the block is full."""
+        return self.stop > self.block_size
+
+    @property
+    def tokens(self) -> int:
         """How many of the places are tokens, not the landmark."""
-        return len(self.offsets) - int(self.offsets[-1] == block_size)
+        return min(self.stop, self.block_size) - self.start
 
-    def whole(self, block_size: int) -> bool:
+    @property
+    def whole(self) -> bool:
         """Whether the piece is whole blocks with their landmarks."""
-        return len(self.offsets) == block_size + 1
+        return self.tokens == self.block_size
 
 
 class Stream:
@@ -81,13 +96,8 @@ class Stream:
         self.model = model
         self.context = context
         self.store: Store = context.store
-        self.retrieval = retrieval or Retrieval(config.top_k, config.top_k, config.segment)
-        if config.block_size % self.retrieval.segment:
-            raise ValueError(
-                f"segment {self.retrieval.segment} must divide the block size {config.block_size}"
-            )
         self.device = next(model.parameters()).device
-        self._stride = config.block_size + 1
+        self.retrieval = retrieval or Retrieval(config.top_k, config.top_k, config.segment)
         self._last_ids: list[Tensor] = []
         state = context.get_state()
         if state:
@@ -106,9 +116,25 @@ class Stream:
                 "save the state when reading is done"
             )
         self._torn = False
-        places = torch.arange(self._stride, device=self.device)
-        self._in_block = model.rotary.table(places, torch.float32)  # [P, D / 2]
-        self._whole = torch.arange(self._stride, device=self.device)
+        like = torch.zeros(0, device=self.device)
+        self._frame = Frame.of(model.rotary, config.window_blocks, config.block_size + 1, like)
+
+    @property
+    def retrieval(self) -> Retrieval:
+        """How the past is searched; may be set between reads."""
+        return self._retrieval
+
+    @retrieval.setter
+    def retrieval(self, retrieval: Retrieval) -> None:
+        config = self.model.config
+        if config.block_size % retrieval.segment:
+            raise ValueError(
+                f"segment {retrieval.segment} must divide the block size {config.block_size}"
+            )
+        self._retrieval = retrieval
+        furthest = retrieval.near + retrieval.top_k + 1
+        back = torch.arange(furthest + 1, device=self.device) * (config.block_size + 1)
+        self._shifts = self.model.rotary.table(back, torch.float32)  # [furthest + 1, D / 2]
 
     @property
     def _local_layers(self) -> int:
@@ -161,28 +187,29 @@ class Stream:
             else:
                 take = left - left % size
                 piece = tokens[start : start + take].view(-1, size)
-            closes = offset + piece.shape[1] == size
-            places = self._whole[offset : offset + piece.shape[1] + closes]
-            if closes:
+            stop = offset + piece.shape[1]
+            if stop == size:
                 landmark = piece.new_full((len(piece), 1), VOCABULARY)
                 piece = torch.cat((piece, landmark), dim=1)
-            rows = Rows(self.position // size, len(piece), places)
+                stop += 1
+            rows = Rows(self.position // size, len(piece), offset, stop, size)
             self._check()
             self._torn = True
             x = self._step(self.model.embedding(piece), rows)
             self._torn = False
             start += take
             self.position += take
-            yield x[:, : rows.tokens(size)].flatten(0, 1)
+            yield x[:, : rows.tokens].flatten(0, 1)
 
     def _step(self, x: Tensor, rows: Rows) -> Tensor:
         """Run all layers over x [N, R, width]."""
-        if not rows.whole(self.model.config.block_size):
+        if not rows.whole:
             # Token by token the choice changes little, so the last one is asked for in time to
             # come while the lower layers compute. A segment's choice says little of the next.
             for ids in self._last_ids:
                 self.store.prefetch(ids.numpy())
         self._last_ids = []
+        groups = Groups(rows, self.retrieval, self.device)
         local = retrieving = 0
         for layer in self.model.layers:
             inner = layer.attention_norm(x)
@@ -190,66 +217,60 @@ class Stream:
                 out = self._local(layer.attention, inner, rows, local)
                 local += 1
             else:
-                out = self._retrieving(layer.attention, inner, rows, retrieving)
+                out = self._retrieving(layer.attention, inner, groups, retrieving)
                 retrieving += 1
             x = x + out
             x = x + layer.mlp(layer.mlp_norm(x))
         return x
 
     def _local(self, attention: LocalAttention, x: Tensor, rows: Rows, layer: int) -> Tensor:
-        size, window = self.model.config.block_size, attention.window_blocks
-        tokens = rows.tokens(size)
+        size, window = rows.block_size, attention.window_blocks
         q, k, v = (t.float() for t in attention.project(x))  # [H, N, R, D]
-        k = rotate(k, self._places(rows))
+        k = rotate(k, self._in_block(rows))
         kept = self._windows[layer]  # [2, H, window + 1, block_size, D]
-        whole = tokens == size
-        if whole:
-            new = torch.stack((k[..., :size, :], v[..., :size, :]))
+        new = torch.stack((k[..., : rows.tokens, :], v[..., : rows.tokens, :]))
+        if rows.whole:
             kept = torch.cat((kept[:, :, :window], new), dim=2)
         else:
-            places = rows.offsets[:tokens]
-            kept[0, :, -1, places] = k[:, 0, :tokens]
-            kept[1, :, -1, places] = v[:, 0, :tokens]
-        number = torch.arange(kept.shape[2], device=self.device) + rows.first - window
-        out = attention.attend(
-            q, kept[0], kept[1], self.model.rotary, rows.offsets, present=number >= 0
-        )
-        if whole or rows.offsets[-1] == size:  # the open block closes: the window moves on
+            kept[:, :, -1, rows.start : rows.start + rows.tokens] = new[:, :, 0]
+        out = attention.attend(q, *kept, self._frame.rows(rows.places), rows.first)
+        if rows.closes:  # the open block is full: the window moves on
             kept = torch.cat((kept[:, :, -window:], torch.zeros_like(kept[:, :, :1])), dim=2)
+            assert kept.shape[3] == size
         self._windows[layer] = kept
         return attention.out(merge_heads(out))
 
-    def _places(self, rows: Rows) -> tuple[Tensor, Tensor]:
-        cos, sin = self._in_block
-        return cos[rows.offsets], sin[rows.offsets]
+    def _in_block(self, rows: Rows) -> tuple[Tensor, Tensor]:
+        """Rotations from the own block's start, [R, D / 2]."""
+        return self._frame.cos[-1, rows.places], self._frame.sin[-1, rows.places]
+
+    def _behind(self, blocks: Tensor | slice) -> tuple[Tensor, Tensor]:
+        """Rotations of a query by so many blocks back, [*blocks.shape, D / 2]."""
+        cos, sin = self._shifts
+        return cos[blocks], sin[blocks]
 
     def _retrieving(
-        self, attention: LandmarkAttention, x: Tensor, rows: Rows, layer: int
+        self, attention: LandmarkAttention, x: Tensor, groups: Groups, layer: int
     ) -> Tensor:
-        config = self.model.config
-        size, heads = config.block_size, config.heads
+        config, rows = self.model.config, groups.rows
+        heads = config.heads
         streams = slice(layer * heads, (layer + 1) * heads)
-        tokens = rows.tokens(size)
         q, k, v = (t.float() for t in attention.project(x))  # [H, N, R, D]
-        table = self._places(rows)
-        q = rotate(q * config.head_dim**-0.5, table)  # from the own block's start
-        k = rotate(k, table)
-        new_k, new_v = k[..., :tokens, :], v[..., :tokens, :]
-        own_k, own_v = new_k, new_v
-        if tokens < size:  # the open block's earlier tokens are seen too
+        q = q * config.head_dim**-0.5
+        q, k = rotate(torch.stack((q, k)), self._in_block(rows))  # from the own block's start
+        own_k, own_v = k[..., : rows.tokens, :], v[..., : rows.tokens, :]
+        planes = [
+            t.flatten(1, 2).to(plane.dtype)
+            for t, plane in zip((own_k, own_v), self.store.spec.planes, strict=True)
+        ]
+        if rows.start:  # the open block's earlier tokens are seen too
             open_k, open_v = (t.to(q.dtype) for t in self.context.open_block(streams))
             own_k = torch.cat((open_k[:, None], own_k), dim=2)
             own_v = torch.cat((open_v[:, None], own_v), dim=2)
-        landmarks = k[..., -1, :] if rows.offsets[-1] == size else None  # [H, N, D]
-        planes = [
-            t.flatten(1, 2).to(plane.dtype)
-            for t, plane in zip((new_k, new_v), self.store.spec.planes, strict=True)
-        ]
+        landmarks = k[..., -1, :] if rows.closes else None  # [H, N, D]
         self.context.append(streams, planes, landmarks)
-        groups = Groups(rows, size, self.retrieval.segment, self.device)
         q = groups.gather(q)  # [H, G, R', D]
-        seen = self._whole[: own_k.shape[2]] <= groups.offsets[:, :, None]  # [G, R', T]
-        local = window_attention(q, own_k[:, groups.block], own_v[:, groups.block], seen)
+        local = window_attention(q, groups.of_block(own_k), groups.of_block(own_v), groups.seen)
         out = self._fetch(q, groups, streams, local)
         return attention.out(merge_heads(groups.scatter(out)))
 
@@ -261,7 +282,7 @@ class Stream:
         if blocks.shape[-1] == 0 or int(blocks.max()) < 0:
             return local[0]
         landmarks = self.context.index.gather(streams, blocks)  # [H, G, M, D]
-        cos, sin = self.model.rotary.table(places * self._stride, q.dtype)
+        cos, sin = self._behind(places)
         placed = rotate(q[:, :, None], (cos[..., None, :], sin[..., None, :]))  # [H, G, M, R, D]
         gate = (placed @ landmarks[..., None])[..., 0]  # [H, G, M, R]
         ids = torch.from_numpy(self.context.ids(streams, blocks.clamp(min=0).cpu().numpy()))
@@ -270,8 +291,10 @@ class Stream:
         self._last_ids.append(ids)
         keys, values = self.store.hot_planes
         out = torch.empty_like(local[0])
-        per_group = ids.transpose(0, 1).flatten(1).numpy()  # [G, H * M]
-        for part in self.store.waves(per_group):
+        waves: Iterable[slice] = [slice(0, 1)]  # one group's blocks must fit together
+        if ids.shape[1] > 1:
+            waves = self.store.waves(ids.transpose(0, 1).flatten(1).numpy())  # [G, H * M]
+        for part in waves:
             with self.store.pinned(ids[:, part].numpy()) as pin:
                 slots = torch.from_numpy(pin.slots).to(self.device)
                 slots = slots.masked_fill(blocks[:, part] < 0, -1)
@@ -295,38 +318,27 @@ class Stream:
         k, near = r.top_k, r.near
         heads, count = q.shape[:2]
         none = torch.zeros((heads, count, 0), dtype=torch.int64, device=self.device)
-        if k == 0 or groups.number[-1] == 0:
+        if k == 0 or groups.last == 0:
             return none, none
-        number = groups.number  # [G]
-        back = torch.arange(1, near + 1, device=self.device)
-        recent = number[:, None] - back  # [G, near]
         if not r.search:
-            chosen = (number[:, None] - torch.arange(1, k + 1, device=self.device)).clamp(min=-1)
-            return (
-                chosen.expand(heads, count, k),
-                torch.arange(1, k + 1, device=self.device).expand(heads, count, k),
-            )
+            blocks = groups.recent.expand(heads, count, k)
+            return blocks, torch.arange(1, k + 1, device=self.device).expand(heads, count, k)
         query = q[:, :, : groups.shared].mean(dim=2)  # [H, G, D]
+        query = rotate(query[:, :, None], self._behind(slice(1, near + 2)))  # [H, G, near + 1, D]
         index = self.context.index
-        rotary = self.model.rotary
-        at_near = rotate(query[:, :, None], rotary.table(back * self._stride, q.dtype))
-        nearby = recent.clamp(min=-1).expand(heads, count, near)
-        landmarks = index.gather(streams, nearby)  # [H, G, near, D]
-        near_scores = (at_near * landmarks).sum(dim=-1)
+        recent = groups.recent.expand(heads, count, near)
+        landmarks = index.gather(streams, recent)  # [H, G, near, D]
+        near_scores = (query[:, :, :near] * landmarks).sum(dim=-1)
         near_scores = near_scores.masked_fill(recent < 0, float("-inf"))
-        behind = torch.tensor(near + 1, device=self.device)
-        shared = rotary.table(behind * self._stride, q.dtype)
-        at_shared = rotate(query, shared)
-        limit = (number - near).clamp(min=0)
-        far, far_scores = index.search(streams, at_shared, k, before=limit)
+        far, far_scores = index.search(streams, query[:, :, near], k, before=groups.limit)
         scores = torch.cat((near_scores, far_scores), dim=-1)
-        blocks = torch.cat((recent.expand(heads, count, near), far), dim=-1)
+        blocks = torch.cat((recent, far), dim=-1)
         if r.share_heads:
             blocks, scores = _best_of_heads(blocks, scores)
         top, at = scores.topk(min(k, scores.shape[-1]), dim=-1)
         blocks = blocks.gather(-1, at).masked_fill(top == float("-inf"), -1)
         blocks = blocks.sort(dim=-1, descending=True).values  # youngest first
-        distance = number[:, None] - blocks
+        distance = groups.number[:, None] - blocks
         is_far = distance > near
         rank = is_far.cumsum(dim=-1)  # 1 for the youngest of the far ones
         return blocks, torch.where(is_far, near + rank, distance)
@@ -355,37 +367,50 @@ class Groups:
     tokens and the landmark's row, which counts only in the block's last group. A piece inside
     one block has a group a row.
 
-    block: [G] which of the piece's blocks; number: [G] that block's number in the context;
-    offsets: [G, R'] places in the block; shared: rows whose mean query selects.
+    number: [G] the block's number in the context, last: the greatest; recent: [G, near] (or
+    [G, top_k] where nothing is searched), the numbers of the blocks before it, -1: none; limit:
+    [G], blocks below it are older; seen: bool [G, R', T], tokens of the own block that a row sees;
+    shared: rows whose mean query selects.
     """
 
-    def __init__(self, rows: Rows, block_size: int, segment: int, device: torch.device) -> None:
-        self._rows = rows
-        self._whole = rows.whole(block_size)
-        if self._whole:
-            per_block = block_size // segment
-            first = torch.arange(per_block, device=device)[:, None] * segment
-            inside = first + torch.arange(segment, device=device)
-            landmark = torch.full((per_block, 1), block_size, device=device)
-            self._take = torch.cat((inside, landmark), dim=1)  # [per_block, segment + 1]
-            self.offsets = self._take.repeat(rows.blocks, 1)
-            self.block = torch.arange(rows.blocks, device=device).repeat_interleave(per_block)
+    def __init__(self, rows: Rows, retrieval: Retrieval, device: torch.device) -> None:
+        self.rows = rows
+        place = torch.arange(rows.start, rows.stop, device=device)
+        if rows.whole:
+            segment = retrieval.segment
+            per_block = rows.block_size // segment
+            tokens = place[:-1].view(per_block, segment)
+            landmark = place[-1:].expand(per_block, 1)
+            self._take = torch.cat((tokens, landmark), dim=1)  # [per_block, segment + 1]
+            places = self._take.repeat(rows.blocks, 1)
+            self._block = torch.arange(rows.blocks, device=device).repeat_interleave(per_block)
+            self.number = self._block + rows.first
             self.shared = segment
         else:
-            self.offsets = rows.offsets[:, None]
-            self.block = torch.zeros(len(rows.offsets), dtype=torch.int64, device=device)
+            places = place[:, None]
+            self.number = torch.full_like(place, rows.first)
             self.shared = 1
-        self.number = self.block + rows.first
+        self.last = rows.first + rows.blocks - 1
+        known = torch.arange(min(rows.stop, rows.block_size), device=device)
+        self.seen = known <= places[:, :, None]
+        near = retrieval.near if retrieval.search else retrieval.top_k
+        back = torch.arange(1, near + 1, device=device)
+        self.recent = (self.number[:, None] - back).clamp(min=-1)
+        self.limit = (self.number - near).clamp(min=0)
+
+    def of_block(self, x: Tensor) -> Tensor:
+        """[H, N, T, D] -> [H, G, T, D], or what broadcasts to it."""
+        return x[:, self._block] if self.rows.whole else x
 
     def gather(self, x: Tensor) -> Tensor:
         """[H, N, R, D] -> [H, G, R', D]."""
-        if self._whole:
+        if self.rows.whole:
             return x[:, :, self._take].flatten(1, 2)
         return x[:, 0, :, None]
 
     def scatter(self, x: Tensor) -> Tensor:
         """[H, G, R', D] -> [H, N, R, D]."""
-        if not self._whole:
+        if not self.rows.whole:
             return x.transpose(1, 2)
-        x = x.unflatten(1, (self._rows.blocks, -1))  # [H, N, per_block, segment + 1, D]
+        x = x.unflatten(1, (self.rows.blocks, -1))  # [H, N, per_block, segment + 1, D]
         return torch.cat((x[..., :-1, :].flatten(2, 3), x[:, :, -1, -1:]), dim=2)

@@ -28,7 +28,7 @@ from model import checkpoint, haystack
 from model.attention import block_attention
 from model.generate import prefill
 from model.landmark import LandmarkAttention
-from model.stream import Rows, Stream
+from model.stream import Groups, Stream
 
 
 def pair(first: Callable[[], object], second: Callable[[], object], n: int) -> tuple[float, float]:
@@ -65,7 +65,7 @@ def kernel(device: str, block_size: int, head_dim: int, n: int) -> dict[str, Any
             slots = torch.from_numpy(pin.slots).to(device).flatten()
         flat = q.view(1, heads, 1, head_dim).to(torch.bfloat16)
         layout = (1, heads, blocks * block_size, head_dim)
-        contiguous = [p.index_select(0, slots).view(layout) for p in (keys, values)]
+        near_k, near_v = (p.index_select(0, slots).view(layout) for p in (keys, values))
 
         def through_store() -> Tensor:
             with store.pinned(chosen) as pin:
@@ -77,7 +77,7 @@ def kernel(device: str, block_size: int, head_dim: int, n: int) -> dict[str, Any
             return F.scaled_dot_product_attention(flat, k, v, scale=1.0)
 
         def contiguous_sdpa() -> Tensor:
-            return F.scaled_dot_product_attention(flat, *contiguous, scale=1.0)
+            return F.scaled_dot_product_attention(flat, near_k, near_v, scale=1.0)
 
         def bookkeeping() -> None:
             with store.pinned(chosen):
@@ -110,10 +110,10 @@ class TimedStream(Stream):
     retrieving_seconds = 0.0
 
     def _retrieving(
-        self, attention: LandmarkAttention, x: Tensor, rows: Rows, layer: int
+        self, attention: LandmarkAttention, x: Tensor, groups: Groups, layer: int
     ) -> Tensor:
         began = time.perf_counter()
-        out = super()._retrieving(attention, x, rows, layer)
+        out = super()._retrieving(attention, x, groups, layer)
         self.retrieving_seconds += time.perf_counter() - began
         return out
 

@@ -41,8 +41,10 @@ def main() -> None:
     a = parser.parse_args()
     model = checkpoint.load(a.model)
     config = model.config
-    layer = next(x for x in model.layers if isinstance(x.attention, LandmarkAttention))
-    below = list(model.layers)[: list(model.layers).index(layer)]
+    first = config.layers.index("r")
+    below, layer = model.stack[:first], model.stack[first]
+    attention = layer.attention
+    assert isinstance(attention, LandmarkAttention)
     stride = config.block_size + 1
     offsets = torch.arange(stride)
     here = model.rotary.table(offsets, torch.float32)
@@ -65,7 +67,7 @@ def main() -> None:
             for part in below:
                 x = x + part.attention(part.attention_norm(x), model.rotary)
                 x = x + part.mlp(part.mlp_norm(x))
-            q, k, _ = layer.attention.project(layer.attention_norm(x))
+            q, k, _ = attention.project(layer.attention_norm(x))
             q, k = q[:, a.head, LEAD:].float(), k[:, a.head, LEAD:].float()
             kept.append(rotate(k, here)[..., -1, :].flatten(0, 1))
             if len(asked) * per_batch < a.queries:

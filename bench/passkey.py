@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -66,7 +67,7 @@ def fillers(corpus: str | None) -> dict[str, Callable[[int, int], bytes]]:
     return made
 
 
-def read_once(job: Job) -> dict[str, object]:
+def read_once(job: Job) -> dict[str, Any]:
     """Do one reading; say what was answered with retrieval and by the controls."""
     model = checkpoint.load(job.model)
     phrase, question = PHRASES[job.phrase]
@@ -91,12 +92,14 @@ def read_once(job: Job) -> dict[str, object]:
     return {"job": job, "right": right, "seconds": seconds}
 
 
-def table(title: str, results: list[dict[str, object]], key: Callable[[Job], object]) -> list[dict]:
+def table(
+    title: str, results: list[dict[str, Any]], key: Callable[[Job], object]
+) -> list[dict[str, Any]]:
     """Print and return one row a group: found of n with the interval, for each way of asking."""
     rows = []
-    groups: dict[object, list[dict]] = {}
+    groups: dict[object, list[dict[str, Any]]] = {}
     for result in results:
-        groups.setdefault(key(result["job"]), []).append(result)  # type: ignore[arg-type]
+        groups.setdefault(key(result["job"]), []).append(result)
     print(f"\n{title}")
     for group, members in groups.items():
         row: dict[str, object] = {"group": group, "n": len(members)}
@@ -145,7 +148,7 @@ def main() -> None:
         for i in range(a.variants)
     ]
     began = time.perf_counter()
-    results: list[dict] = []
+    results: list[dict[str, Any]] = []
     with multiprocessing.get_context("spawn").Pool(a.jobs, _start, (a.threads,)) as pool:
         for result in pool.imap_unordered(read_once, jobs):
             results.append(result)

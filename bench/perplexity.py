@@ -51,7 +51,7 @@ def main() -> None:
     }
     places = np.linspace(a.longest, len(text) - a.score, a.targets).astype(int)
     began = time.perf_counter()
-    rows = []
+    rows: list[dict[str, object]] = []
     lengths = [512 * 2**i for i in range(20) if 512 * 2**i <= a.longest]
     print(f"{'context':>8} " + " ".join(f"{name:>10}" for name in ways) + "   bits per byte")
     for length in lengths:

@@ -211,7 +211,7 @@ class Stream:
         self._last_ids = []
         groups = Groups(rows, self.retrieval, self.device)
         local = retrieving = 0
-        for layer in self.model.layers:
+        for layer in self.model.stack:
             inner = layer.attention_norm(x)
             if isinstance(layer.attention, LocalAttention):
                 out = self._local(layer.attention, inner, rows, local)
@@ -233,7 +233,8 @@ class Stream:
             kept = torch.cat((kept[:, :, :window], new), dim=2)
         else:
             kept[:, :, -1, rows.start : rows.start + rows.tokens] = new[:, :, 0]
-        out = attention.attend(q, *kept, self._frame.rows(rows.places), rows.first)
+        frame = self._frame.rows(rows.places)
+        out = attention.attend(q, kept[0], kept[1], frame, rows.first)
         if rows.closes:  # the open block is full: the window moves on
             kept = torch.cat((kept[:, :, -window:], torch.zeros_like(kept[:, :, :1])), dim=2)
             assert kept.shape[3] == size

@@ -112,22 +112,25 @@ def examine(model: Transformer, held_out: np.ndarray, seed: int) -> dict[str, An
     rng = np.random.default_rng([seed, 1 << 20])
     filler = _Excerpts(held_out)
     tasks = Tasks(filler, needles=1.0)  # type: ignore[arg-type]
-    tasks.filler = lambda rng, n: (filler.window(rng, n), 1.0)  # type: ignore[method-assign]
+    tasks.filler = lambda rng, length: (  # type: ignore[method-assign]
+        filler.window(rng, length),
+        1.0,
+    )
     report: dict[str, Any] = {}
     for length, count in ((1024, 16), (512, 32)):
         text = np.stack([filler.window(rng, length) for _ in range(count)]).astype(np.int64)
         x = torch.from_numpy(text).to(device)
         nats = loss_of(model, x, torch.ones(x.shape, device=device), 0)
         report[f"bits_per_byte_{length}"] = round(float(nats) / math.log(2), 4)
-        samples = []
+        samples: list[Any] = []
         while len(samples) < count:
-            sample = tasks.hide(rng, length)
-            if b" pass key is" in bytes(sample.text[: sample.answer.start][-14:]):  # type: ignore
+            sample: Any = tasks.hide(rng, length)
+            if b" pass key is" in bytes(sample.text[: sample.answer.start][-14:]):
                 samples.append(sample)
         x = torch.from_numpy(np.stack([s.text for s in samples]).astype(np.int64)).to(device)
         guess = model(x.unflatten(1, (-1, config.block_size))).flatten(1, 2).argmax(-1)
         right = sum(
-            bool((guess[i, s.answer.start - 1 : s.answer.stop - 1] == x[i, s.answer]).all())  # type: ignore
+            bool((guess[i, s.answer.start - 1 : s.answer.stop - 1] == x[i, s.answer]).all())
             for i, s in enumerate(samples)
         )
         report[f"found_{length}"] = right / count
@@ -178,7 +181,7 @@ def _margins(model: Transformer, filler: _Excerpts, samples: list[Any]) -> dict[
 
         hooks = [
             layer.attention.register_forward_pre_hook(look)
-            for layer in model.layers
+            for layer in model.stack
             if isinstance(layer.attention, LandmarkAttention)
         ]
         x = torch.from_numpy(text.astype(np.int64)).to(device)

@@ -43,6 +43,11 @@ class Transformer(nn.Module):
                     std /= (2 * len(config.layers)) ** 0.5
                 nn.init.normal_(weight, std=std)
 
+    @property
+    def stack(self) -> list[Layer]:
+        """The layers, from the input up."""
+        return [layer for layer in self.layers if isinstance(layer, Layer)]
+
     def embed(self, tokens: Tensor) -> Tensor:  # [..., N, block_size] int64 -> [..., N, P, width]
         """Embed whole blocks, each closed by the landmark token."""
         landmark = tokens.new_full((*tokens.shape[:-1], 1), VOCABULARY)
@@ -51,7 +56,7 @@ class Transformer(nn.Module):
     def hidden(self, tokens: Tensor, distractors: int = 0) -> Tensor:
         """Run whole sequences densely: [B, N, block_size] int64 -> [B, N, P, width]."""
         x = self.embed(tokens)
-        for layer in self.layers:
+        for layer in self.stack:
             inner = layer.attention_norm(x)
             if isinstance(layer.attention, LandmarkAttention):
                 near = self.config.top_k

@@ -13,11 +13,12 @@ EventName = Literal["put", "fetch", "prefetch", "weigh", "evict", "delete"]
 class Recorder:
     """Hands events to a trace, if there is one.
 
-    failure: why recording stopped, if that was not raised yet.
+    active: whether there is one. failure: why recording stopped, if that was not raised yet.
     """
 
     def __init__(self, trace: TraceWriter | None) -> None:
         self._trace = trace
+        self.active = trace is not None
         self.failure: WriteFailedError | None = None
 
     def note(self, event: EventName, *said: Any) -> None:

@@ -1,8 +1,8 @@
 """The store: blocks in three tiers behind one interface.
 
-Owns who may call, what a lookup is and what is counted. Blocks are moved by the mover, written
-behind by the writer, read ahead by prefetch; this is where they meet. Never looks inside a block,
-and knows nothing of models.
+Owns who may call, when the background is heard, and the end. Blocks are moved by the mover, held
+by lookups, written behind by the writer, read ahead by prefetch; this is where they meet. Never
+looks inside a block, and knows nothing of models.
 """
 
 from __future__ import annotations
@@ -11,11 +11,9 @@ import os
 import shutil
 import tempfile
 import weakref
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from itertools import chain
 from os import PathLike
 from pathlib import Path
 from threading import get_ident
@@ -23,25 +21,24 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from kvstore.block import BlockSpec
 from kvstore.check import check_mover
 from kvstore.config import StoreConfig, format_size
 from kvstore.errors import (
-    HotTierTooSmallError,
     KVStoreError,
     StoreClosedError,
     StoreFullError,
 )
+from kvstore.guard import Guard
 from kvstore.jobs import Crew
+from kvstore.lookups import Lookups, Pin
 from kvstore.mover import Mover
 from kvstore.prefetch import Prefetch
 from kvstore.recorder import Recorder
-from kvstore.residency import ABSENT, COLD, HOT, WARM, Ids
+from kvstore.residency import ABSENT, COLD, WARM, Ids
 from kvstore.stats import StoreStats
 from kvstore.tiers.disk import DiskTier
-from kvstore.tiers.slots import Slots
 from kvstore.tiers.spec_file import read_spec, write_spec
 from kvstore.trace import TraceWriter
 from kvstore.waves import cut_waves
@@ -61,59 +58,6 @@ class TierUsage:
     capacity_bytes: int
     used_bytes: int
     blocks: int
-
-
-class Pin:
-    """Blocks held in hot for the length of a `with` statement.
-
-    slots: int64, the shape of the ids asked for: each id's slot in `Store.hot_planes`.
-    """
-
-    __slots__ = ("_held", "_ids", "_store", "slots")
-
-    slots: Slots
-
-    def __init__(self, store: Store, ids: Ids) -> None:
-        self._store = store
-        self._ids = ids
-
-    def __enter__(self) -> Pin:
-        slots, self._held = self._store._hold(self._ids.ravel())
-        self.slots = slots.reshape(self._ids.shape)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._store._let_go(self._held)
-
-    def weigh(self, weights: torch.Tensor | NDArray[np.float32]) -> None:
-        """Tell the policy and the trace the gate weight that each of the ids received.
-
-        weights: the shape of the ids. What an id received in several places is added up.
-        """
-        if isinstance(weights, torch.Tensor):
-            weights = weights.detach().to("cpu", torch.float32).numpy()
-        given = np.asarray(weights, np.float32)
-        if given.shape != self.slots.shape:
-            raise ValueError(
-                f"weights have shape {given.shape}, the ids that were pinned {self.slots.shape}"
-            )
-        self._store._weigh(self.slots.ravel(), given.ravel())
-
-
-class _Whole:
-    """Around moves: if they end where none is expected to end, restores what the tables imply."""
-
-    __slots__ = ("_rebuild",)
-
-    def __init__(self, rebuild: Callable[[], None]) -> None:
-        self._rebuild = rebuild
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None and not issubclass(kind, (KVStoreError, ValueError, KeyError)):
-            self._rebuild()
 
 
 class Store:
@@ -149,7 +93,6 @@ class Store:
         with ExitStack() as stack:
             disk = _open_disk(spec, config, stack)
             self._recorder = Recorder(_open_trace(spec, config, stack))
-            self._tracing = config.trace is not None
             self._mover = Mover(spec, config, disk, self.stats, self._recorder)
             self._disk = disk
             self._writer: Writer | None = None
@@ -161,9 +104,10 @@ class Store:
                 if self._mover.warm.slots:
                     self._writer = Writer(self._mover, disk, config, writers, self.stats)
                 self._prefetch = Prefetch(self._mover, disk, config, reader, self.stats)
-            # Pins that ended while a device may still read their slots.
-            self._ending: deque[tuple[torch.cuda.Event, Slots]] = deque()
-            self._place_of = np.zeros(self.hot_slots, np.int64)
+            self._guard = Guard(self._mover, self._writer)
+            self._lookups = Lookups(
+                self._mover, self._prefetch, self._guard, self.stats, self._recorder
+            )
             self._release = weakref.finalize(self, _close_in, self._pid, stack.pop_all())
 
     @classmethod
@@ -219,7 +163,7 @@ class Store:
             mover.residency.recycle(ids[done:])
             raise
         except BaseException:
-            self._rebuild()
+            self._guard.rebuild()
             mover.remove(ids[mover.residency.tiers(ids) != ABSENT])
             raise
         self._recorder.note("put", ids)
@@ -232,7 +176,7 @@ class Store:
         names no block, HotTierTooSmallError where the distinct blocks do not fit into hot beside
         what is pinned already, CorruptBlockError where a block's copy on disk is damaged.
         """
-        return Pin(self, _as_ids(ids))
+        return Pin(self._lookups, self._enter, _as_ids(ids))
 
     def fetch(self, ids: Ids) -> list[torch.Tensor]:
         """Copy blocks out, as many as you like.
@@ -263,10 +207,10 @@ class Store:
         if selection.ndim != 2:
             raise ValueError(f"a selection is [groups, ids], not {list(selection.shape)}")
         self._enter()
-        room = self._room(self.hot_slots)
+        room = self._lookups.room(self.hot_slots)
         for wave, distinct in cut_waves(selection, room):
             if distinct > room:
-                raise self._too_small(self.hot_slots - room + distinct)
+                raise self._lookups.too_small(self.hot_slots - room + distinct)
             yield wave
 
     def prefetch(self, ids: Ids) -> None:
@@ -280,8 +224,8 @@ class Store:
         self._enter()
         ids = self._mover.residency.distinct(_as_ids(ids).ravel())
         tiers = self._mover.residency.tiers(ids)
-        self._require_present(ids, tiers)
-        with _Whole(self._rebuild):
+        self._lookups.require_present(ids, tiers)
+        with self._guard:
             room = self._mover.room() // 2
             warm = ids[tiers == WARM][:room]
             if len(warm):
@@ -295,9 +239,9 @@ class Store:
         """Forget blocks. ids: int64; KeyError for one that names no block, ValueError if pinned."""
         self._enter()
         ids = np.unique(_as_ids(ids))
-        self._require_present(ids, self._mover.residency.tiers(ids))
-        self._end_pins(wait=True)
-        with _Whole(self._rebuild):
+        self._lookups.require_present(ids, self._mover.residency.tiers(ids))
+        self._lookups.end_pins(wait=True)
+        with self._guard:
             if self._prefetch is not None:
                 self._prefetch.await_blocks(ids)
             slots = self._mover.residency.hot[ids]
@@ -313,7 +257,7 @@ class Store:
         """Write every block that has no copy on disk yet, and wait. Nothing without a disk tier."""
         self._enter()
         if self._writer is not None:
-            with _Whole(self._rebuild):
+            with self._guard:
                 self._writer.flush()
         if self._disk is not None:
             self._disk.sync()
@@ -423,17 +367,16 @@ class Store:
         self._require_owner()
         if self._closed:
             raise StoreClosedError("the store is closed")
-        if self._ending:
-            self._end_pins()
+        self._lookups.end_pins()
         writer, prefetch = self._writer, self._prefetch
         if writer is not None and writer.busy:
-            with _Whole(self._rebuild):
+            with self._guard:
                 writer.absorb()
         if prefetch is not None and prefetch.busy:
-            with _Whole(self._rebuild):
+            with self._guard:
                 prefetch.absorb()
         if writer is not None and writer.failure is not None:
-            with _Whole(self._rebuild):
+            with self._guard:
                 writer.raise_failure()
         self._recorder.raise_failure()
 
@@ -441,11 +384,6 @@ class Store:
         if self._disk is None:
             raise ValueError("records need a disk tier; give cold a size")
         return self._disk
-
-    def _rebuild(self) -> None:
-        self._mover.rebuild(self._writer.writing() if self._writer is not None else [])
-        if self._writer is not None:
-            self._writer.requeue()
 
     # Putting.
 
@@ -479,9 +417,9 @@ class Store:
 
     def _put_some(self, ids: Ids, planes: Sequence[torch.Tensor]) -> int:
         """Store as many of these blocks as can be at a time; returns how many."""
-        n = min(len(ids), self._room(len(ids)))
+        n = min(len(ids), self._lookups.room(len(ids)))
         if n == 0:
-            raise self._too_small(self.hot_slots + 1)
+            raise self._lookups.too_small(self.hot_slots + 1)
         if self._disk is not None and self._writer is None:
             return self._mover.add_through(ids[:n], [plane[:n] for plane in planes])
         if self._writer is not None:
@@ -490,129 +428,6 @@ class Store:
         if self._writer is not None:
             self._writer.enqueue(ids[:n])
         return n
-
-    # Looking up.
-
-    def _hold(self, ids: Ids) -> tuple[Slots, Slots]:
-        """Pin blocks in hot. ids: int64 [n]. Returns each id's slot [n] and the distinct slots."""
-        self._enter()
-        mover = self._mover
-        try:
-            found = mover.residency.hot.take(ids)
-            present = not len(ids) or bool(found.min() >= 0 and ids.min() >= 0)
-        except IndexError:
-            present = False
-        if present:
-            slots = found.astype(np.int64)
-            held = self._distinct_slots(slots)
-            mover.hot.pin(held)
-            mover.hot.policy.touch(held)
-            self.stats.lookups += len(held)
-            self.stats.hot.hits += len(held)
-            if self._tracing:
-                self._recorder.note("fetch", mover.hot.block[held], np.zeros(len(held), np.uint8))
-            mover.use_early(held)
-        else:
-            held = self._hold_missing(mover.residency.distinct(ids))
-            slots = mover.residency.hot[ids].astype(np.int64)
-        mover.hot_slab.await_writes()
-        return slots, held
-
-    def _distinct_slots(self, slots: Slots) -> Slots:
-        """The slots without repeats, in order of first appearance."""
-        places = np.arange(len(slots))
-        self._place_of[slots[::-1]] = places[::-1]
-        firsts: Slots = slots[self._place_of[slots] == places]
-        return firsts
-
-    def _hold_missing(self, ids: Ids) -> Slots:
-        """Pin distinct blocks of which some are not in hot. Returns their slots, in any order."""
-        mover, hot = self._mover, self._mover.hot
-        tiers = mover.residency.tiers(ids)
-        self._count_lookups(tiers)
-        self._recorder.note("fetch", ids, tiers)
-        self._require_present(ids, tiers)
-        held: Slots = mover.residency.hot[ids[tiers == HOT]].astype(np.int64)
-        missing = ids[tiers != HOT]
-        hot.pin(held)
-        try:
-            room = self._room(len(missing))
-            if len(missing) > room:
-                raise self._too_small(self.hot_slots - room + len(missing))
-            with _Whole(self._rebuild):
-                hot.policy.touch(held)
-                if self._prefetch is not None:
-                    self._prefetch.await_blocks(missing)
-                # Some may have come up by a prefetch while we waited.
-                arrived = mover.residency.hot[missing]
-                for slots in chain(
-                    (arrived[arrived >= 0].astype(np.int64),),
-                    mover.bring_up(missing[arrived < 0]),
-                ):
-                    hot.pin(slots)
-                    held = np.concatenate((held, slots))
-        except BaseException:
-            hot.unpin(held)
-            raise
-        mover.use_early(held)
-        return held
-
-    def _count_lookups(self, tiers: NDArray[np.uint8]) -> None:
-        hot, warm, cold, absent = np.bincount(tiers, minlength=ABSENT + 1).tolist()
-        self.stats.lookups += len(tiers)
-        self.stats.hot.hits += hot
-        self.stats.warm.hits += warm
-        self.stats.cold.hits += cold
-        self.stats.not_found += absent
-
-    def _require_present(self, ids: Ids, tiers: NDArray[np.uint8]) -> None:
-        absent = ids[tiers == ABSENT]
-        if len(absent):
-            more = f", nor have {len(absent) - 1} others" if len(absent) > 1 else ""
-            raise KeyError(f"no block has the id {absent[0]}{more}")
-
-    def _weigh(self, slots: Slots, weights: NDArray[np.float32]) -> None:
-        distinct = self._distinct_slots(slots)
-        self._place_of[distinct] = np.arange(len(distinct))
-        sums = np.bincount(self._place_of[slots], weights, len(distinct)).astype(np.float32)
-        self._mover.hot.policy.weigh(distinct, sums)
-        if self._tracing:
-            self._recorder.note("weigh", self._mover.hot.block[distinct], sums)
-
-    def _let_go(self, slots: Slots) -> None:
-        """End a pin, on a device as soon as what was given to it has run."""
-        if self._closed:
-            return
-        event = self._mover.hot_slab.mark_reads()
-        if event is None:
-            self._mover.hot.unpin(slots)
-        else:
-            self._ending.append((event, slots))
-
-    def _end_pins(self, wait: bool = False) -> None:
-        while self._ending:
-            event, slots = self._ending[0]
-            if wait:
-                event.synchronize()
-            elif not event.query():  # type: ignore[no-untyped-call]
-                return
-            self._ending.popleft()
-            self._mover.hot.unpin(slots)
-
-    def _room(self, enough: int) -> int:
-        """Hot slots that are not pinned; waits for a device's last reads if they are too few."""
-        room = self._mover.room()
-        if room < enough and self._ending:
-            self._end_pins(wait=True)
-            room = self._mover.room()
-        return room
-
-    def _too_small(self, least: int) -> HotTierTooSmallError:
-        nbytes = least * self.spec.nbytes
-        return HotTierTooSmallError(
-            f"the hot tier holds {self.hot_slots} blocks and {least} are needed at once: "
-            f"give hot at least {nbytes} bytes ({format_size(nbytes)})"
-        )
 
 
 def _open_disk(spec: BlockSpec, config: StoreConfig, stack: ExitStack) -> DiskTier | None:

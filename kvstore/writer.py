@@ -103,7 +103,8 @@ class Writer:
 
     def flush(self) -> None:
         """Write everything and wait; raises what goes wrong."""
-        while self._mover.unsaved:
+        # Also for batches of blocks that were deleted meanwhile: what they write must go again.
+        while self._mover.unsaved or self._jobs:
             self._begin(0)
             self._await_one()
         self._disk.sync()

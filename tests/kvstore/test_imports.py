@@ -78,6 +78,8 @@ def test_imports_within_the_store_point_one_way():
         ["index", "occupancy", "recorder", "jobs", "waves"],
         ["mover"],
         ["writer", "prefetch", "check"],
+        ["guard"],
+        ["lookups"],
         ["store"],
         ["block_map", "saved_context"],
         ["context"],

@@ -677,6 +677,26 @@ def test_a_kept_store_writes_behind_before_it_is_asked_to(tmp_path):
         assert store.usage()["cold"].blocks == 0
 
 
+def test_what_was_deleted_while_it_was_written_stays_deleted(tmp_path):
+    with make(hot=4, warm=16, directory=tmp_path) as store:
+        write = store._disk.write
+        go = threading.Event()
+
+        def slow(*args):
+            assert go.wait(10)
+            return write(*args)
+
+        store._disk.write = slow
+        ids = store.put(random_planes(8))
+        assert store._writer.busy
+        store.delete(ids)
+        store.check()
+        assert len(store) == 0
+        threading.Timer(0.05, go.set).start()
+    with make(directory=tmp_path) as store:
+        assert len(store) == 0
+
+
 def test_another_specification_is_refused(tmp_path):
     with make(directory=tmp_path) as store:
         store.put(random_planes(1))

@@ -393,10 +393,10 @@ def test_reopening_gives_the_same_answers(make_store, tmp_path, monkeypatch, kin
     index = IndexConfig(kind=kind, segment=64, ef_search=2)
     store = make_store(tmp_path, index)
     twin = Twin(store.context("a/b", streams=2, landmark_dim=LANDMARK))
-    twin.append([0, 1], 300 * SIZE + 2, 1)
+    twin.append([0, 1], 320 * SIZE + 2, 1)
     twin.append([1], 2 * SIZE, 2)
     twin.context.index.wait()
-    twin.append([0, 1], 40 * SIZE, 3)
+    twin.append([0, 1], 20 * SIZE, 3)  # few: what is in use is still what was waited for
     twin.context.set_state({"position": torch.tensor(7), "w": torch.randn(3, 2).T})
     queries = marks_of(2, 1, seed=9)
     want = twin.context.search([0, 1], queries, 6)
@@ -522,6 +522,22 @@ def test_a_save_that_fails_leaves_the_last_one(make_store, tmp_path, monkeypatch
     assert all(key.startswith((b"context/x/1/", b"context/x/m")) for key in store.record_keys())
 
 
+def test_blocks_are_on_disk_before_a_save_names_them(make_store, tmp_path, monkeypatch):
+    store = make_store(tmp_path)
+    context = store.context("x", streams=1, landmark_dim=LANDMARK)
+    context.append([0], tokens(1, 40), marks_of(1, 10))
+    put_record, lacking = store.put_record, []
+
+    def put(key, value):
+        lacking.append(len(store) - store.usage()["cold"].blocks)
+        put_record(key, value)
+
+    monkeypatch.setattr(store, "put_record", put)
+    context.save()
+    assert lacking
+    assert not any(lacking)
+
+
 @pytest.mark.parametrize("order", ["fork first", "kept first", "reopened"])
 def test_kept_contexts_share_blocks(make_store, tmp_path, order):
     store = make_store(tmp_path)
@@ -571,3 +587,38 @@ def test_a_map_takes_back_what_it_appended():
     assert fork.ids().tolist() == [0, 1, 2, 3, 4, 5, 9]
     assert block_map.release()[0].tolist() == []
     assert sorted(fork.release()[0].tolist()) == [0, 1, 2, 3, 4, 5, 9]
+
+
+def test_maps_join_only_what_nobody_else_holds():
+    maps = [BlockMap(2)]
+    for i in range(9):
+        maps[-1].append([0], np.arange(10 * i, 10 * i + 3)[None])
+        maps.append(maps[-1].fork())
+    for gone in (8, 7, 6, 5):
+        assert [len(ids) for ids in maps.pop(gone).release()] == [0, 0]
+    maps[0].mark_saved()
+    maps.append(maps[-1].fork())
+    assert len(maps[-1]._runs) == 6
+    want = [10 * i + j for i in range(9) for j in range(3)]
+    assert maps[-1].lookup([0], np.arange(27)[None]).tolist() == [want]
+    free, saved = [], []
+    for block_map in maps:
+        some, others = block_map.release()
+        free += some.tolist()
+        saved += others.tolist()
+    assert sorted(free) == want[3:]
+    assert saved == [0, 1, 2]
+
+
+def test_maps_that_join_remember_what_was_saved():
+    block_map = BlockMap(1)
+    for i in range(9):
+        block_map.append([0], np.array([[i]]))
+        if i == 2:
+            block_map.mark_saved()
+        before, block_map = block_map, block_map.fork()
+        before.release()
+    assert len(block_map._runs) < 9
+    free, saved = block_map.release()
+    assert sorted([*free.tolist(), *saved.tolist()]) == list(range(9))
+    assert {0, 1, 2} <= set(saved.tolist())

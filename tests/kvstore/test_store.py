@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 
+import kvstore.mover
 from kvstore.block import BlockSpec, Plane
 from kvstore.config import StoreConfig
 from kvstore.errors import (
@@ -412,6 +413,41 @@ def test_bits_flipped_in_the_file_are_found(tmp_path):
             with pytest.raises(CorruptBlockError, match=f"block {block} "):
                 store.fetch(ids[block : block + 1])
         store.check()
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("at", range(8))
+@pytest.mark.parametrize("cold", [None, "1GiB"])
+def test_ctrl_c_in_the_middle_of_a_move_loses_nothing(at, half, cold, monkeypatch):
+    """Both tiers are full, so blocks change places; whatever call it comes in."""
+    monkeypatch.setattr(kvstore.mover, "_HOP_BYTES", 2 * NBYTES)
+    with make(hot=4, warm=8, cold=cold) as store:
+        ids = store.put(random_planes(12))
+        left = [at]
+
+        def guard(call):
+            def guarded(slots, rows):
+                left[0] -= 1
+                if left[0] != -1:
+                    return call(slots, rows)
+                if half:
+                    call(slots[:1], [row[:1] for row in rows])
+                raise KeyboardInterrupt
+
+            return guarded
+
+        for slab in (store._mover.hot_slab, store._mover.warm_slab):
+            monkeypatch.setattr(slab, "scatter", guard(slab.scatter))
+            monkeypatch.setattr(slab, "gather", guard(slab.gather))
+        try:
+            for start in (0, 4, 8):
+                with store.pinned(ids[start : start + 4]):
+                    pass
+        except KeyboardInterrupt:
+            assert left[0] < 0
+        store.check()
+        assert same(store.fetch(ids), random_planes(12))
+        assert len(store) == 12
 
 
 # Prefetch

@@ -6,6 +6,7 @@ call has to fail for want of room. `Store.check` runs after every step.
 
 import shutil
 import tempfile
+from contextlib import ExitStack
 from threading import get_ident
 
 import hypothesis
@@ -21,6 +22,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from pretend_cuda import pretend_cuda
 
 import kvstore.mover
 import kvstore.tiers.slots
@@ -110,8 +112,9 @@ class StoreMachine(RuleBasedStateMachine):
         policy=st.sampled_from(["lru", "sieve"]),
         workers=st.integers(1, 2),
         staging=st.sampled_from([1, 16 * NBYTES, 1 << 20]),
+        patience=st.sampled_from([None, None, 0, 3]),
     )
-    def open(self, hot, warm, cold, kept, policy, workers, staging):
+    def open(self, hot, warm, cold, kept, policy, workers, staging, patience):
         self.capacity = hot + warm if cold is None else None
         self.bounded = cold == BOUNDED
         self.hot, self.warm = hot, warm
@@ -126,6 +129,11 @@ class StoreMachine(RuleBasedStateMachine):
             workers=workers,
             staging=staging,
         )
+        # A CUDA device that is not there, whose events take their time.
+        self.cuda = ExitStack()
+        if patience is not None:
+            patch = self.cuda.enter_context(pytest.MonkeyPatch.context())
+            self.cuda.enter_context(pretend_cuda(patch, patience))
         self.blocks = {}
         self.groups = []
         self.pins = []
@@ -145,6 +153,7 @@ class StoreMachine(RuleBasedStateMachine):
                 self.store.close()
             except (StoreFullError, WriteFailedError):
                 assert self.bounded
+            self.cuda.close()
             if self.directory:
                 shutil.rmtree(self.directory)
 
@@ -392,6 +401,7 @@ MACHINE = {"deadline": None, "suppress_health_check": list(hypothesis.HealthChec
 def short_hops(monkeypatch):
     """Move blocks in pieces of three, where the real ones hold thousands of such small blocks."""
     monkeypatch.setattr(kvstore.mover, "_HOP_BYTES", 3 * NBYTES)
+    monkeypatch.setattr(kvstore.mover, "_CUDA_HOP_BYTES", 3 * NBYTES)
     monkeypatch.setattr(kvstore.tiers.slots, "_RUN_BLOCKS", 2)
     monkeypatch.setattr(kvstore.tiers.slots, "_RUN_BYTES", 0)
 

@@ -128,6 +128,13 @@ def test_mentions_are_excerpts_in_order_that_say_one_name(tmp_path: Path) -> Non
         assert places == sorted(places)
 
 
+def test_mentions_are_of_texts_weighed_by_size(tmp_path: Path) -> None:
+    corpus = named(tmp_path, b"he saw Queequeg. " * 40, b"he saw Starbuck. " * 360)
+    rng = np.random.default_rng(0)
+    first = sum(b"Queequeg" in corpus.mentions(rng, 1, 40)[0].tobytes() for _ in range(400))
+    assert 0.05 < first / 400 < 0.16  # 0.1
+
+
 def test_mentions_of_a_short_text_repeat_it(tmp_path: Path) -> None:
     corpus = named(tmp_path, b"he saw Queequeg. " * 4)
     for excerpt in corpus.mentions(np.random.default_rng(0), 6, 200):
@@ -159,32 +166,45 @@ def test_filler_is_what_it_says() -> None:
     assert any(line.startswith("        ") for line in lines)
 
 
-@pytest.mark.parametrize("repeats", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("repeats", [0.0, 0.5])
 @pytest.mark.parametrize("length", [128, 512])
 def test_mentions_and_repeats_are_whole_samples(
     tmp_path: Path, repeats: float, length: int
 ) -> None:
-    corpus = named(tmp_path, b"he saw Queequeg there, and so did she. " * 300)
-    tasks = Tasks(corpus, needles=0.0, mentions=1.0, repeats=repeats)
+    text = b"he saw Queequeg there, and so did she. " * 300
+    corpus = named(tmp_path, text)
+    tasks = Tasks(corpus, needles=0.0, mentions=1.0, repeats=repeats, gibberish=0.5)
     rng = np.random.default_rng(0)
-    for _ in range(60):
+    weighed = 0
+    for _ in range(80):
         sample = tasks.sample(rng, length)
-        assert sample.text.shape == (length,)
+        assert sample.text.shape == sample.weight.shape == (length,)
         assert sample.answer is None
-        assert (sample.weight == 1).all()
-    assert corpus.texts[0].tobytes() == b"he saw Queequeg there, and so did she. " * 300
+        weighed += bool((sample.weight < 1).any())
+    assert corpus.texts[0].tobytes() == text  # the corpus itself is not written to
+    assert weighed == 0 if repeats == 0 else 8 < weighed < 32  # 80 * 0.5 * 0.5
 
 
-def test_repeats_say_a_passage_twice(tmp_path: Path) -> None:
+@pytest.mark.parametrize("gibberish", [0.0, 1.0])
+def test_repeats_say_a_passage_twice(tmp_path: Path, gibberish: float) -> None:
     """Also where a corpus has no names to look back for: then that is all there is to repeat."""
     rng = np.random.default_rng(0)
     corpus = named(tmp_path, rng.integers(97, 123, 50000, dtype=np.uint8).tobytes())
     assert not any(corpus.names)
-    tasks = Tasks(corpus, needles=0.0, mentions=1.0, repeats=0.0)
+    tasks = Tasks(corpus, needles=0.0, mentions=1.0, repeats=0.0, gibberish=gibberish)
     for _ in range(60):
-        text = tasks.sample(rng, 512).text.tobytes()
-        again = [i for i in range(512 - 24) if text.find(text[i : i + 24], i + 24) >= 0]
-        assert again
+        sample = tasks.sample(rng, 512)
+        text = sample.text.tobytes()
+        again = [i for i in range(8, 512) if text.find(text[i - 8 : i + 1]) < i - 8]
+        assert 15 < len(again) < 512 // 3
+        assert again == list(range(again[0], again[-1] + 1))
+        if gibberish:  # what can be known by looking back counts, the rest hardly does
+            counted = np.flatnonzero(sample.weight == 1)
+            assert 20 <= len(counted) < 512 // 3
+            assert len(set(again) - set(counted.tolist())) <= 3  # it may go on by chance
+            assert np.unique(sample.weight).tolist() == [np.float32(0.02), 1.0]
+        else:
+            assert (sample.weight == 1).all()
 
 
 # --- needles ------------------------------------------------------------------------------------
@@ -219,6 +239,7 @@ def test_the_answer_is_where_it_is_said_to_be(tasks: Tasks) -> None:
         assert before.endswith(f" The {name} is ".encode())
         hidden = f" The {name} is {number}. Remember it. {number} is the {name}. ".encode()
         assert text.count(hidden) == 1
+        assert text.count(f" The {name} is ".encode()) == 2  # in the needle and in the question
         assert text.index(hidden) + len(hidden) <= answer.start
         assert text[answer.stop : answer.stop + 1] == b"."
         heavy = np.flatnonzero(sample.weight == tasks.answer_weight)

@@ -365,21 +365,25 @@ class LandmarkIndex:
             if found is None:
                 graphs, parts = [], []
                 break
+            numbers, scores = found
             if overhang:
                 assert bounds is not None
-                beyond = found[0] >= bounds[:, None]
-                found[0][beyond], found[1][beyond] = -1, -np.inf
-            parts.append((torch.from_numpy(found[0])[None], torch.from_numpy(found[1])[None]))
+                beyond = numbers >= bounds[:, None]
+                if beyond.any():
+                    numbers[beyond], scores[beyond] = -1, -np.inf
+                else:
+                    numbers, scores = numbers[:, :k], scores[:, :k]
+            parts.append((torch.from_numpy(numbers)[None], torch.from_numpy(scores)[None]))
         rest = graphs[-1].stop if graphs else 0
         if rest < min(self._pages.counts[stream], high) or sum(p[0].shape[-1] for p in parts) < k:
-            numbers, scores = self._exact.top_k(self._pages, [stream], queries, k, bounds, rest)
-            parts.append((numbers.cpu(), scores.cpu()))
-        numbers, scores = parts[0]
-        if len(parts) > 1 or numbers.shape[-1] > k:
-            numbers = torch.cat([numbers for numbers, _ in parts], dim=-1)
-            scores, order = torch.cat([scores for _, scores in parts], dim=-1).topk(k)
-            numbers = numbers.gather(-1, order)
-        return numbers.to(self.device), scores.to(self.device)
+            parts.append(self._exact.top_k(self._pages, [stream], queries, k, bounds, rest))
+        best, values = parts[0]
+        if len(parts) > 1 or best.shape[-1] > k:
+            best = torch.cat([part.to(self.device) for part, _ in parts], dim=-1)
+            values = torch.cat([part.to(self.device) for _, part in parts], dim=-1)
+            values, order = values.topk(k)
+            best = best.gather(-1, order)
+        return best.to(self.device), values.to(self.device)
 
     def _sample(
         self,

@@ -15,8 +15,8 @@ EXACT_MULTIPLY = 0.0000105  # a landmark's number multiplied, for each further q
 EXACT_SELECT = 0.0005  # a landmark's score looked at, for each query
 
 GRAPH_CALL = 15.0
-# A graph searched by one query, for each entry of the beam, after a model's step has swept it out of
-# the core's cache; 0.45 where it is still there.
+# A graph searched by one query, for each entry of the beam, after a model's step has swept it out
+# of the core's cache; 0.45 where it is still there.
 GRAPH_VISIT = 0.95
 
 BUILD = 0.55  # a landmark inserted, for each entry of the beam

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +179,13 @@ class TestInput:
 
 class TestEndings:
     """How what happens in the middle of the work is told."""
+
+    @pytest.fixture(autouse=True)
+    def usual_signals(self) -> Iterator[None]:
+        """Whoever runs the tests in the background ignores SIGINT, and so would they."""
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        yield
+        signal.signal(signal.SIGINT, before)
 
     @pytest.fixture
     def failing(self, kvstore: Kvstore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

@@ -63,7 +63,7 @@ class SIEVE:
         # A visited victim means that the hand has been round once and cleared every bit.
         full_round = self._state[last] == _VISITED
         for start, end in self._round():
-            stop = last if start <= last < end and not full_round else end
+            stop = last if start <= last and not full_round else end
             passed = start + np.flatnonzero(self._state[start:stop] == _VISITED)
             self._state[passed[~pinned[self._queue[passed]]]] = _UNVISITED
             if stop < end:
@@ -121,5 +121,4 @@ class SIEVE:
         self._tail = len(kept)
         self._queue[: self._tail] = queue
         self._state[: self._tail] = state
-        self._state[self._tail :] = _GONE
         self._place[queue] = np.arange(self._tail, dtype=np.int32)

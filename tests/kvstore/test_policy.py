@@ -162,9 +162,6 @@ def _victims(textbook: Any, count: int, pinned: set[int]) -> list[int]:
     return [slot for slot in chosen if slot is not None]
 
 
-_counts = st.one_of(st.integers(0, 6), st.integers(0, 45))
-
-
 class PolicyMachine(RuleBasedStateMachine):
     """Batches to the policy, the same accesses one by one to its textbook."""
 
@@ -181,11 +178,13 @@ class PolicyMachine(RuleBasedStateMachine):
         self.pinned: set[int] = set()
 
     def _batch(self, data: st.DataObject, slots: set[int]) -> list[int]:
-        return data.draw(
-            st.lists(st.sampled_from(sorted(slots)), unique=True, max_size=len(slots))
-            if slots
-            else st.just([])
-        )
+        if not slots:
+            return []
+        some = st.lists(st.sampled_from(sorted(slots)), unique=True, max_size=len(slots))
+        return data.draw(st.one_of(some, st.permutations(sorted(slots))))
+
+    def _counts(self) -> st.SearchStrategy[int]:
+        return st.one_of(st.integers(0, 3), st.integers(0, self.slots + 2))
 
     def _mask(self) -> np.ndarray:
         mask = np.zeros(self.slots, bool)
@@ -236,19 +235,35 @@ class PolicyMachine(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def pin(self, data: st.DataObject) -> None:
-        self.pinned = set(self._batch(data, self.admitted))
+        # Not often all of them: then nothing could be evicted until the next pin.
+        self.pinned = set(self._batch(data, self.admitted)[: max(1, self.slots // 2)])
 
-    @rule(count=_counts)
-    def victims(self, count: int) -> None:
+    def _evict(self, count: int) -> list[int]:
         expected = _victims(self.textbook, count, self.pinned)
         chosen = self.policy.victims(count, self._mask())
         assert chosen.dtype == np.int64
         assert chosen.tolist() == expected
         assert len(expected) == min(count, len(self.admitted - self.pinned))
         self.admitted.difference_update(expected)
+        return expected
 
-    @rule(count=_counts)
-    def peek(self, count: int) -> None:
+    @rule(data=st.data())
+    def victims(self, data: st.DataObject) -> None:
+        self._evict(data.draw(self._counts()))
+
+    @rule(count=st.integers(1, 4), times=st.integers(1, 3))
+    def replace(self, count: int, times: int) -> None:
+        """What a full tier does most: new blocks take the victims' slots."""
+        for _ in range(times):
+            batch = self._evict(count)
+            self.policy.admit(_slots(batch))
+            for slot in batch:
+                self.textbook.admit(slot)
+            self.admitted.update(batch)
+
+    @rule(data=st.data())
+    def peek(self, data: st.DataObject) -> None:
+        count = data.draw(self._counts())
         expected = _victims(copy.deepcopy(self.textbook), count, self.pinned)
         for _ in range(2):
             peeked = self.policy.peek(count, self._mask())

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvstore.config import IndexConfig, StoreConfig, format_size, parse_size
@@ -64,6 +64,7 @@ def test_sizes_are_written(nbytes: int, text: str) -> None:
     assert format_size(nbytes) == text
 
 
+@settings(deadline=None)
 @given(st.integers(0, 2**62))
 def test_a_written_size_reads_back_nearly(nbytes: int) -> None:
     # One decimal of a value of at least 1 is off by at most 0.05, and the fraction is cut.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvstore.stats import StoreStats
@@ -31,6 +31,7 @@ def test_what_nothing_reached_has_no_rate() -> None:
     assert [tiers[name]["hit_rate"] for name in ("hot", "warm", "cold")] == [1.0, None, None]
 
 
+@settings(deadline=None)
 @given(*[st.integers(0, 1000)] * 4)
 def test_misses_multiply_to_what_was_not_found(h: int, w: int, c: int, n: int) -> None:
     stats = _stats(h, w, c, n)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import xxhash
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kvstore.trace
@@ -67,6 +67,7 @@ def _plain(event: Event) -> Plain:
     )
 
 
+@settings(deadline=None)
 @given(events=st.lists(st.one_of(_an_event(), st.just("flush")), max_size=15))
 def test_what_is_recorded_is_read(
     events: list[Plain | str], tmp_path_factory: pytest.TempPathFactory

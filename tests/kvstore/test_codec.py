@@ -255,6 +255,14 @@ def test_sizes_with_a_right_checksum_allocate_nothing(size):
         decoded(codec, ids, [good, stored])
 
 
+def test_a_claim_of_a_large_window_is_not_believed():
+    codec, ids = Codec(BlockSpec.kv(4, 8)), np.array([6])
+    (frame,) = codec.encode(ids, arrays(codec, 1, normal_bfloat16(13)))
+    claim = (1 << 26).to_bytes(4, "little")
+    with pytest.raises(CorruptBlockError, match="too much memory"):
+        decoded(codec, ids, [resealed(frame, size=(codec.header_nbytes + 5, claim))])
+
+
 @given(st.binary(max_size=400))
 @settings(max_examples=200, deadline=None)
 def test_anything_else_is_refused(junk):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import shutil
@@ -260,6 +261,22 @@ def test_a_full_tier_deletes_one_by_one(directory):
         tier.delete(np.array([location]))
         assert_stored(tier, ids[index + 1 :], locations[index + 1 :])
     assert tier.block_count == 0
+    tier.close()
+
+
+def test_a_deletion_all_over_a_full_tier_goes_in_short_steps(directory, monkeypatch):
+    monkeypatch.setattr("kvstore.tiers.disk._RESERVED_PAGES", 24)
+    monkeypatch.setattr("kvstore.tiers.disk._PACK_BYTES", 1)
+    tier = DiskTier(directory, BlockSpec.kv(1, 4), 3 << 19)
+    ids, rows = np.arange(50), [np.zeros((50, 8), np.uint8)] * 2
+    written = []
+    with contextlib.suppress(StoreFullError):
+        while True:
+            written.append(tier.write(ids, rows))
+    locations = np.concatenate(written)
+    tier.delete(locations[::4])
+    assert tier.block_count == len(locations) - len(locations[::4])
+    assert tier.scan()[1].tolist() == np.delete(locations, np.s_[::4]).tolist()
     tier.close()
 
 

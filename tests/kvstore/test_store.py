@@ -450,6 +450,42 @@ def test_ctrl_c_in_the_middle_of_a_move_loses_nothing(at, half, cold, monkeypatc
         assert len(store) == 12
 
 
+def test_ctrl_c_while_deleted_blocks_are_being_written(monkeypatch):
+    with make(hot=4, warm=16, cold="1GiB") as store:
+        write = store._disk.write
+        begun, go = threading.Event(), threading.Event()
+
+        def slow(*args):
+            begun.set()
+            assert go.wait(10)
+            return write(*args)
+
+        monkeypatch.setattr(store._disk, "write", slow)
+        ids = store.put(random_planes(16))
+        written = store._writer.writing()[0][0]
+        assert begun.wait(10)
+        store.delete(written)
+        left = np.setdiff1d(ids, written)
+        expected = [plane[left] for plane in random_planes(16)]
+        gather = store._mover.warm_slab.gather
+
+        def interrupted(*_):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(store._mover.warm_slab, "gather", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            store.fetch(left)
+        monkeypatch.setattr(store._mover.warm_slab, "gather", gather)
+        store.check()
+        go.set()
+        store.flush()
+        store.check()
+        new = store.put(random_planes(2000, seed=1))
+        assert same(store.fetch(left), expected)
+        assert same(store.fetch(new), random_planes(2000, seed=1))
+        store.check()
+
+
 # Prefetch
 
 

@@ -29,6 +29,7 @@ import kvstore.tiers.slots
 from kvstore.block import BlockSpec, Plane
 from kvstore.config import StoreConfig
 from kvstore.errors import HotTierTooSmallError, StoreFullError, WriteFailedError
+from kvstore.policy import LRU
 from kvstore.store import Store
 
 SPEC = BlockSpec((Plane("keys", (4, 3), torch.bfloat16), Plane("values", (4, 5), torch.int32)))
@@ -43,6 +44,38 @@ picks = st.lists(st.integers(0, 999), min_size=1, max_size=12)
 
 class Interrupted(BaseException):
     """Stands for Ctrl-C."""
+
+
+class Strict(LRU):
+    """Holds the store to its promises: admit what is free, name only what was admitted."""
+
+    def __init__(self, slots):
+        super().__init__(slots)
+        self.held = set()
+
+    def admit(self, slots):
+        assert not self.held & set(slots.tolist())
+        self.held |= set(slots.tolist())
+        super().admit(slots)
+
+    def touch(self, slots):
+        self.require(slots)
+        super().admit(slots)
+
+    def weigh(self, slots, weights):
+        self.require(slots)
+        assert weights.dtype == np.float32
+        assert weights.shape == slots.shape
+
+    def release(self, slots):
+        self.require(slots)
+        self.held -= set(slots.tolist())
+        super().release(slots)
+
+    def require(self, slots):
+        assert slots.dtype == np.int64
+        assert len(set(slots.tolist())) == len(slots)
+        assert self.held >= set(slots.tolist())
 
 
 class Fuse:
@@ -109,7 +142,7 @@ class StoreMachine(RuleBasedStateMachine):
         warm=st.integers(0, 14),
         cold=st.sampled_from([None, BOUNDED, COLD]),
         kept=st.booleans(),
-        policy=st.sampled_from(["lru", "sieve"]),
+        policy=st.sampled_from(["lru", "sieve", Strict]),
         workers=st.integers(1, 2),
         staging=st.sampled_from([1, 16 * NBYTES, 1 << 20]),
         patience=st.sampled_from([None, None, 0, 3]),

@@ -149,6 +149,7 @@ def test_everything_is_there_after_reopening(directory, durable):
     assert tier.get_meta(b"context") is None
     assert tier.get_meta(b"other") == bytes(100_000)
     assert tier.meta_keys(b"context/") == [b"context/a", b"context/b"]
+    assert tier.meta_keys(b"o") == [b"other"]
     assert tier.meta_keys() == [b"context/a", b"context/b", b"other"]
     tier.put_meta({b"context/a": None, b"absent": None, b"new": b"1"})
     assert tier.meta_keys() == [b"context/b", b"new", b"other"]

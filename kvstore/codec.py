@@ -33,7 +33,7 @@ _CHECKSUM_END = 8
 _ID_END = 16
 
 # Near enough Huffman coding alone: bytes of one significance have a skewed histogram but hardly a
-# repetition, and level 1's search for short matches makes encoding take twice and decoding one and
+# repetition, and level 1's search for short matches makes encoding take twice, decoding one and
 # a half times as long, and frames 3% larger (bench/codec.py). Matches of 7 bytes still fold what is
 # constant.
 _COMPRESSION = zstandard.ZstdCompressionParameters(

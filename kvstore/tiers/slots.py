@@ -20,6 +20,10 @@ Rows = list[NDArray[np.uint8]]
 # Blocks, and bytes of them, for which a call of their own costs less than a second copy.
 _RUN_BLOCKS = 8
 _RUN_BYTES = 128 * 1024
+# Of one block in one plane, from which on it is copied by a call of its own.
+_ROW_BYTES = 8 * 1024
+# What stays in a core's second-level cache, with room for what else is there.
+_BOUNCE_BYTES = 256 * 1024
 
 
 def rows_of(spec: BlockSpec, planes: Sequence[torch.Tensor]) -> Rows:
@@ -85,6 +89,8 @@ class SlotTier:
         ]
         self._cell_types = [np.dtype((np.void, plane.nbytes)) for plane in spec.planes]
         self._cells = self._as_cells(self.rows)
+        self._bytes = [row.reshape(-1).data for row in self.rows]
+        self._bounce = np.empty(_BOUNCE_BYTES, np.uint8)
 
     def gather(self, slots: Slots, rows: Rows) -> None:
         """Copy the blocks in these slots [n] to rows [n]. Any thread."""
@@ -99,6 +105,26 @@ class SlotTier:
         for cells, given in zip(self._cells, self._as_cells(rows), strict=True):
             cells[slots] = given
         return None
+
+    def take_from(self, source: SlotTier, source_slots: Slots, slots: Slots) -> None:
+        """Copy blocks from slots [n] of another tier in host memory to these slots [n]."""
+        for plane, to_cells in enumerate(self._cells):
+            from_cells, size = source._cells[plane], to_cells.dtype.itemsize
+            if size >= _ROW_BYTES:
+                # One at a time, but once: a piece of memory this large is copied in more time than
+                # the call for it takes.
+                given, taken = source._bytes[plane], self._bytes[plane]
+                ends = zip((slots * size).tolist(), (source_slots * size).tolist(), strict=True)
+                for to, start in ends:
+                    taken[to : to + size] = given[start : start + size]
+                continue
+            # Twice, but the second time from the processor's cache.
+            piece = self._bounce[: len(self._bounce) // size * size].view(to_cells.dtype)
+            for start in range(0, len(slots), len(piece)):
+                chosen = source_slots[start : start + len(piece)]
+                part = piece[: len(chosen)]
+                from_cells.take(chosen, out=part, mode="clip")
+                to_cells[slots[start : start + len(piece)]] = part
 
     def place(self, slots: Slots, planes: Sequence[torch.Tensor]) -> None:
         """Copy a caller's tensors, per plane [n, *shape] on any device, to these slots [n]."""
@@ -127,11 +153,14 @@ def copy_slots(
 ) -> None:
     """Copy blocks from slots [n] of one tier to slots [n] of another.
 
-    via: buffers of one size that take turns, so that one is filled while a device reads another.
-        Small enough to stay in the processor's cache, where the second copy costs less.
+    via: what goes to or comes from a device goes through these, of one size, which take turns, so
+        that one is filled while the device reads another.
     """
     if target.rows is not None:
         source_slots, target_slots = _copy_runs(source, source_slots, target.rows, target_slots)
+        if source.rows is not None:
+            target.take_from(source, source_slots, target_slots)
+            return
     step = via[0].blocks
     for turn, start in enumerate(range(0, len(source_slots), step)):
         buffer = via[turn % len(via)]
@@ -146,8 +175,7 @@ def _copy_runs(
 ) -> tuple[Slots, Slots]:
     """Copy the blocks that go to slots in a row: they need no buffer. Returns the others' slots.
 
-    No library copies from scattered places to scattered places in one go; but what came together
-    often leaves together, and so leaves slots in a row.
+    Gathering is quick, and what came together often leaves together and leaves slots in a row.
     """
     n = len(target_slots)
     least = max(_RUN_BLOCKS, _RUN_BYTES // source.spec.nbytes)

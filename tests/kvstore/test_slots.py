@@ -69,21 +69,30 @@ def test_place_and_gather(slots, data):
     assert [row.tobytes() for row in buffer.rows(n)] == [bits(plane) for plane in new]
 
 
-@given(st.integers(1, 12), st.integers(1, 12), st.integers(1, 5), st.data())
-def test_copy_slots_is_the_obvious_loop(source_slots, target_slots, hop, data):
-    source, target = SlotTier(SPEC, source_slots), SlotTier(SPEC, target_slots)
-    source.place(np.arange(source_slots), random_planes(source_slots, 1))
-    target.place(np.arange(target_slots), random_planes(target_slots, 2))
-    n = data.draw(st.integers(0, min(source_slots, target_slots)))
-    from_slots = np.array(data.draw(st.permutations(range(source_slots)))[:n], np.int64)
-    to_slots = np.array(data.draw(st.permutations(range(target_slots)))[:n], np.int64)
-    expected = [plane.clone() for plane in target.planes]
-    for a, b in zip(from_slots.tolist(), to_slots.tolist(), strict=True):
-        for plane, slab in zip(expected, source.planes, strict=True):
-            plane[b] = slab[a]
-    copy_slots(source, from_slots, target, to_slots, [Buffer(SPEC, hop), Buffer(SPEC, hop)])
-    for slab, plane in zip(target.planes, expected, strict=True):
-        assert bits(slab) == bits(plane)
+@given(
+    st.tuples(st.integers(1, 12), st.integers(1, 12)),
+    st.integers(1, 5),
+    st.sampled_from([0, 24, 10**6]),
+    st.data(),
+)
+def test_copy_slots_is_the_obvious_loop(slots, piece, row_bytes, data):
+    """Whether planes are copied block by block or piece by piece."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kvstore.tiers.slots, "_BOUNCE_BYTES", piece * 128)
+        patch.setattr(kvstore.tiers.slots, "_ROW_BYTES", row_bytes)
+        source, target = SlotTier(SPEC, slots[0]), SlotTier(SPEC, slots[1])
+        source.place(np.arange(slots[0]), random_planes(slots[0], 1))
+        target.place(np.arange(slots[1]), random_planes(slots[1], 2))
+        n = data.draw(st.integers(0, min(slots)))
+        from_slots = np.array(data.draw(st.permutations(range(slots[0])))[:n], np.int64)
+        to_slots = np.array(data.draw(st.permutations(range(slots[1])))[:n], np.int64)
+        expected = [plane.clone() for plane in target.planes]
+        for a, b in zip(from_slots.tolist(), to_slots.tolist(), strict=True):
+            for plane, slab in zip(expected, source.planes, strict=True):
+                plane[b] = slab[a]
+        copy_slots(source, from_slots, target, to_slots, [])
+        for slab, plane in zip(target.planes, expected, strict=True):
+            assert bits(slab) == bits(plane)
 
 
 @given(
@@ -108,7 +117,7 @@ def test_slots_in_a_row_and_others(gaps_and_runs, least):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kvstore.tiers.slots, "_RUN_BLOCKS", least)
         patch.setattr(kvstore.tiers.slots, "_RUN_BYTES", 0)
-        copy_slots(source, from_slots, target, to_slots, [Buffer(SPEC, 3), Buffer(SPEC, 3)])
+        copy_slots(source, from_slots, target, to_slots, [])
     for slab, plane in zip(target.planes, expected, strict=True):
         assert bits(slab) == bits(plane)
 

@@ -28,6 +28,7 @@ from kvstore.errors import (
     WriteFailedError,
 )
 from kvstore.store import Store
+from kvstore.tiers.slots import SlotTier
 from kvstore.trace import Kind, read_trace, read_trace_header
 
 SPEC = BlockSpec.kv(4, 8, torch.int16)
@@ -415,6 +416,13 @@ def test_bits_flipped_in_the_file_are_found(tmp_path):
         store.check()
 
 
+def first_of(arg):
+    """The first slot, the first row of each plane, the tier itself."""
+    if isinstance(arg, SlotTier):
+        return arg
+    return [row[:1] for row in arg] if isinstance(arg, list) else arg[:1]
+
+
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("at", range(8))
 @pytest.mark.parametrize("cold", [None, "1GiB"])
@@ -425,20 +433,24 @@ def test_ctrl_c_in_the_middle_of_a_move_loses_nothing(at, half, cold, monkeypatc
         ids = store.put(random_planes(12))
         left = [at]
 
+        owner = threading.get_ident()
+
         def guard(call):
-            def guarded(slots, rows):
+            def guarded(*args):
+                if threading.get_ident() != owner:
+                    return call(*args)
                 left[0] -= 1
                 if left[0] != -1:
-                    return call(slots, rows)
+                    return call(*args)
                 if half:
-                    call(slots[:1], [row[:1] for row in rows])
+                    call(*map(first_of, args))
                 raise KeyboardInterrupt
 
             return guarded
 
         for slab in (store._mover.hot_slab, store._mover.warm_slab):
-            monkeypatch.setattr(slab, "scatter", guard(slab.scatter))
-            monkeypatch.setattr(slab, "gather", guard(slab.gather))
+            for name in ("scatter", "gather", "take_from"):
+                monkeypatch.setattr(slab, name, guard(getattr(slab, name)))
         try:
             for start in (0, 4, 8):
                 with store.pinned(ids[start : start + 4]):
@@ -467,15 +479,14 @@ def test_ctrl_c_while_deleted_blocks_are_being_written(monkeypatch):
         store.delete(written)
         left = np.setdiff1d(ids, written)
         expected = [plane[left] for plane in random_planes(16)]
-        gather = store._mover.warm_slab.gather
 
         def interrupted(*_):
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(store._mover.warm_slab, "gather", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            store.fetch(left)
-        monkeypatch.setattr(store._mover.warm_slab, "gather", gather)
+        with monkeypatch.context() as patch:
+            patch.setattr(store._mover.hot_slab, "take_from", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                store.fetch(left)
         store.check()
         go.set()
         store.flush()

@@ -109,6 +109,7 @@ class Fuse:
         for slab in (mover.hot_slab, mover.warm_slab):
             for name in ("scatter", "place", "gather"):
                 setattr(slab, name, self.guard(getattr(slab, name), half_of))
+            slab.take_from = self.guard(slab.take_from, half_of_copy)
         if mover.disk is not None:
             mover.disk.read = self.guard(mover.disk.read, None)
             mover.disk.write = self.guard(mover.disk.write, None)
@@ -117,6 +118,11 @@ class Fuse:
 def half_of(slots, blocks):
     n = len(slots) // 2
     return slots[:n], [plane[:n] for plane in blocks]
+
+
+def half_of_copy(source, source_slots, slots):
+    n = len(slots) // 2
+    return source, source_slots[:n], slots[:n]
 
 
 def random_blocks(n, seed):
@@ -435,6 +441,8 @@ def short_hops(monkeypatch):
     """Move blocks in pieces of three, where the real ones hold thousands of such small blocks."""
     monkeypatch.setattr(kvstore.mover, "_HOP_BYTES", 3 * NBYTES)
     monkeypatch.setattr(kvstore.mover, "_CUDA_HOP_BYTES", 3 * NBYTES)
+    monkeypatch.setattr(kvstore.tiers.slots, "_BOUNCE_BYTES", 3 * NBYTES)
+    monkeypatch.setattr(kvstore.tiers.slots, "_ROW_BYTES", SPEC.planes[1].nbytes)
     monkeypatch.setattr(kvstore.tiers.slots, "_RUN_BLOCKS", 2)
     monkeypatch.setattr(kvstore.tiers.slots, "_RUN_BYTES", 0)
 

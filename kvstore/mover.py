@@ -175,13 +175,17 @@ class Mover:
         return slots
 
     def promote(self, ids: Ids) -> Slots:
-        """Copy blocks from warm to hot, for which there is room. Returns hot slots [n]."""
+        """Copy blocks from warm to hot, for which there is room. Returns their slots, any order."""
         sources = self.residency.warm[ids].astype(np.int64)
         # Out of the order now, so that making room does not choose them.
         self.warm.policy.release(sources)
         free, stuck = self._make_hot_room(len(ids))
         swapped = len(stuck)
         if swapped:
+            # With a disk tier at least so many have a copy there, and these are not being written.
+            order = np.argsort(self.warm.sole[sources], kind="stable")
+            ids, sources = ids[order], sources[order]
+            assert not self.warm.pinned[sources[:swapped]].any(), "a slot changes as it is written"
             self._exchange(ids[:swapped], sources[:swapped], stuck)
         left = sources[swapped:]
         copy_slots(self.warm_slab, left, self.hot_slab, free, self._hops)
@@ -232,8 +236,7 @@ class Mover:
         stuck = None
         lowered = 0
         if lacking.any():
-            spare = below[~lacking]
-            warm.spare[spare] = False
+            self._settle_spare(below[~lacking])
             sole = lacking if self.disk is None else lacking & (residency.cold[ids] < 0)
             lowered = self._lower(ids[sole], victims[sole])
             if self.disk is not None:
@@ -242,22 +245,27 @@ class Mover:
                 # times (a drifting working set) the reads from disk.
                 saved = lacking & ~sole
                 lowered += self._lower(ids[saved], victims[saved])
-            below = residency.warm[ids]
-            stuck = sole & (below < 0)
+            places = residency.warm[ids[lacking]]
+            warm.policy.admit(places[places >= 0].astype(np.int64))
+            stuck = sole & (residency.warm[ids] < 0)
             if stuck.any():
-                ids, below, victims = ids[~stuck], below[~stuck], victims[~stuck]
+                ids, victims = ids[~stuck], victims[~stuck]
             else:
                 stuck = None
-            below = below[below >= 0]
         else:
-            warm.spare[below] = False
-        warm.policy.admit(below.astype(np.int64))
+            self._settle_spare(below)
         residency.hot[ids] = -1
         hot.block[victims] = -1
         self._stats.hot.demotions += lowered
         self._stats.hot.evictions += len(ids) - lowered
         self._recorder.note("evict", ids, HOT)
         return stuck
+
+    def _settle_spare(self, places: NDArray[np.int32]) -> None:
+        """Make spare copies in these warm slots the blocks' only ones in memory."""
+        self.warm.spare[places] = False
+        # At once: while room is made for others, those with a copy on disk may have to go.
+        self.warm.policy.admit(places.astype(np.int64))
 
     def _lower(self, ids: Ids, slots: Slots) -> int:
         """Copy blocks from hot slots to warm, the first of them, as far as room can be made.

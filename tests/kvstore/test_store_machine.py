@@ -2,6 +2,9 @@
 
 The oracle is a dict from id to bytes and shares no code with the store. It also says exactly when a
 call has to fail for want of room. `Store.check` runs after every step.
+
+Threads make how far a full store gets a matter of luck, so no rule has a precondition: what is
+drawn must not depend on what happened.
 """
 
 import shutil
@@ -18,7 +21,6 @@ from hypothesis.stateful import (
     RuleBasedStateMachine,
     initialize,
     invariant,
-    precondition,
     rule,
     run_state_machine_as_test,
 )
@@ -190,8 +192,8 @@ class StoreMachine(RuleBasedStateMachine):
                 self.release_pin()
             try:
                 self.store.close()
-            except (StoreFullError, WriteFailedError):
-                assert self.bounded
+            except (StoreFullError, WriteFailedError) as error:
+                self.justify(error)
             self.cuda.close()
             if self.directory:
                 shutil.rmtree(self.directory)
@@ -265,9 +267,10 @@ class StoreMachine(RuleBasedStateMachine):
             self.blocks[block] = bytes_of(planes, i)
         self.groups.append(ids)
 
-    @precondition(lambda self: self.blocks)
     @rule(places=picks, width=st.integers(1, 3), weigh=st.booleans())
     def fetch(self, places, width, weigh):
+        if not self.blocks:
+            return
         ids = self.choose(places * width).reshape(width, -1)
         if not self.fits(ids.ravel()):
             with pytest.raises(HotTierTooSmallError) as caught:
@@ -284,30 +287,34 @@ class StoreMachine(RuleBasedStateMachine):
     def enter(self, ids):
         return self.store.pinned(ids).__enter__()
 
-    @precondition(lambda self: self.blocks and len(self.pins) < 3)
     @rule(places=picks)
     def hold_pin(self, places):
+        if not self.blocks or len(self.pins) == 3:
+            return
         ids = self.choose(places)
         if self.fits(ids):
             self.pins.append((self.call(self.enter, ids), ids))
 
-    @precondition(lambda self: self.pins)
     @rule()
     def release_pin(self):
+        if not self.pins:
+            return
         pin, ids = self.pins.pop()
         self.compare_pin(pin, ids)
         pin.__exit__(None, None, None)
 
-    @precondition(lambda self: self.blocks)
     @rule(places=picks)
     def copy_out(self, places):
+        if not self.blocks:
+            return
         ids = self.choose(places)
         if len(self.pinned()) < self.hot:
             self.compare(ids, self.call(self.store.fetch, ids))
 
-    @precondition(lambda self: self.blocks)
     @rule(places=picks, width=st.integers(1, 4))
     def in_waves(self, places, width):
+        if not self.blocks:
+            return
         selection = self.choose(places * width).reshape(-1, width)
         room = self.hot - len(self.pinned())
         if max(len(set(group)) for group in selection.tolist()) > room:
@@ -321,26 +328,30 @@ class StoreMachine(RuleBasedStateMachine):
             assert len(set(selection[wave].ravel().tolist())) <= room
         assert seen == len(selection)
 
-    @precondition(lambda self: self.blocks)
     @rule(places=picks)
     def prefetch(self, places):
+        if not self.blocks:
+            return
         self.call(self.store.prefetch, self.choose(places))
 
-    @precondition(lambda self: self.store._prefetch is not None)
     @rule()
     def let_reads_end(self):
+        if self.store._prefetch is None:
+            return
         for job in self.store._prefetch._jobs:
             self.store._prefetch._crew.wait(job)
 
-    @precondition(lambda self: self.store._writer is not None)
     @rule()
     def let_writes_end(self):
+        if self.store._writer is None:
+            return
         for job in self.store._writer._jobs:
             self.store._writer._crew.wait(job)
 
-    @precondition(lambda self: self.blocks)
     @rule(places=picks)
     def delete(self, places):
+        if not self.blocks:
+            return
         ids = self.choose(places)
         if set(ids.tolist()) & self.pinned():
             with pytest.raises(ValueError, match="pinned"):
@@ -350,9 +361,10 @@ class StoreMachine(RuleBasedStateMachine):
         for i in set(ids.tolist()):
             del self.blocks[i]
 
-    @precondition(lambda self: self.groups)
     @rule(place=st.integers(0, 999))
     def delete_group(self, place):
+        if not self.groups:
+            return
         group = self.groups.pop(place % len(self.groups)).tolist()
         ids = [i for i in group if i in self.blocks and i not in self.pinned()]
         self.call(self.store.delete, np.array(ids, np.int64))
@@ -379,9 +391,10 @@ class StoreMachine(RuleBasedStateMachine):
         except StoreFullError:
             assert self.bounded
 
-    @precondition(lambda self: self.directory and not self.pins)
     @rule()
     def reopen(self):
+        if self.directory is None or self.pins:
+            return
         try:
             self.call(self.store.flush)
         except StoreFullError:

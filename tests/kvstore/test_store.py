@@ -457,6 +457,8 @@ def test_ctrl_c_in_the_middle_of_a_move_loses_nothing(at, half, cold, monkeypatc
                     pass
         except KeyboardInterrupt:
             assert left[0] < 0
+        # Where fewer calls were made than that, it does not come any more.
+        left[0] = -2
         store.check()
         assert same(store.fetch(ids), random_planes(12))
         assert len(store) == 12

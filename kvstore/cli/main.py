@@ -32,6 +32,9 @@ class Stopped(KeyboardInterrupt):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code."""
     name = "kvstore"
+    # torch's threads wait for each other in a loop, which beside other work costs eight times the
+    # speed; read once, when torch is imported (docs/log.md).
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # What a terminal cannot show must not end a run of a million tokens.
     for stream in (sys.stdout, sys.stderr):
         if reconfigure := getattr(stream, "reconfigure", None):

@@ -252,6 +252,17 @@ class TestEndings:
             failing(ValueError("a bug of ours"))
 
 
+def test_threads_sleep_while_they_wait_unless_told_otherwise(
+    kvstore: Kvstore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    kvstore("--version")
+    assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    kvstore("--version")
+    assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
+
+
 def test_the_entry_can_be_called_from_any_thread(kvstore: Kvstore) -> None:
     from threading import Thread
 

@@ -49,7 +49,7 @@ def kernel(device: str, block_size: int, head_dim: int, n: int) -> dict[str, Any
     """Attention through the store, all hits, against gather + SDPA over the same blocks."""
     heads, blocks, kept = 8, 16, 4096
     spec = BlockSpec.kv(block_size, head_dim, torch.bfloat16)
-    config = StoreConfig(hot=kept * spec.nbytes, warm=0, cold=None, device=device)
+    config = StoreConfig(hot=kept * spec.nbytes, warm=spec.nbytes, cold=None, device=device)
     with Store(spec, config) as store:
         shape = (kept, block_size, head_dim)
         ids = store.put([torch.randn(shape, dtype=torch.bfloat16, device=device) for _ in "kv"])

@@ -22,7 +22,8 @@ class Plane:
         object.__setattr__(self, "shape", tuple(int(n) for n in self.shape))
         if not self.name or not self.shape or min(self.shape) < 1:
             raise ValueError(
-                f"plane {self.name!r} has shape {self.shape}: it needs a name and sizes of at least 1"
+                f"plane {self.name!r} has shape {self.shape}: "
+                "it needs a name and sizes of at least 1"
             )
 
     @property
@@ -36,7 +37,7 @@ class Plane:
 
 @dataclass(frozen=True)
 class BlockSpec:
-    """The planes that every block of a store has; they agree on the first size, the block's tokens."""
+    """The planes that every block of a store has; their first size is the block's tokens."""
 
     planes: tuple[Plane, ...]
 

@@ -10,7 +10,7 @@ class StoreFullError(KVStoreError):
 
 
 class HotTierTooSmallError(KVStoreError):
-    """The blocks of one fetch do not fit into the hot tier together; the message says how much would."""
+    """The blocks of one fetch do not fit into the hot tier together; it says how much would."""
 
 
 class CorruptBlockError(KVStoreError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from kvstore.errors import KVStoreError
 from kvstore.mover import Mover
+from kvstore.prefetch import Prefetch
 from kvstore.writer import Writer
 
 
@@ -14,9 +15,10 @@ class Guard:
     other, Ctrl-C above all, everything is derived anew from the tables that say where blocks lie.
     """
 
-    def __init__(self, mover: Mover, writer: Writer | None) -> None:
+    def __init__(self, mover: Mover, writer: Writer | None, prefetch: Prefetch | None) -> None:
         self._mover = mover
         self._writer = writer
+        self._prefetch = prefetch
 
     def __enter__(self) -> None:
         pass
@@ -29,4 +31,6 @@ class Guard:
         """Derive everything anew."""
         self._mover.rebuild(self._writer.writing() if self._writer is not None else [])
         if self._writer is not None:
-            self._writer.requeue()
+            self._writer.rebuild()
+        if self._prefetch is not None:
+            self._prefetch.rebuild()

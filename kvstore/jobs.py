@@ -6,10 +6,9 @@ its error, never by raising in its thread.
 
 from __future__ import annotations
 
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,62 +18,90 @@ from kvstore.tiers.disk import DiskTier
 from kvstore.tiers.slots import Buffer, Slots, SlotTier
 
 
-@dataclass(eq=False)
-class WriteJob:
+class Job:
+    """Something to be done once, however often it is submitted.
+
+    error: why it could not be done. Neither that nor a result is read before it is `done`.
+    """
+
+    def __init__(self) -> None:
+        self.error: BaseException | None = None
+        self._claim = threading.Lock()
+        self._finished = threading.Event()
+
+    @property
+    def done(self) -> bool:
+        """Whether it has been done, or has failed."""
+        return self._finished.is_set()
+
+    def wait(self) -> None:
+        """Block until it is done; it must have been submitted."""
+        self._finished.wait()
+
+    def run(self) -> None:
+        """Do it, if nobody has begun."""
+        if self._claim.acquire(blocking=False):
+            try:
+                self._do()
+            except BaseException as error:  # whatever it is, the owner has to hear of it
+                self.error = error
+            finally:
+                self._finished.set()
+
+    def _do(self) -> None:
+        raise NotImplementedError
+
+
+class WriteJob(Job):
     """Copy blocks from warm to disk.
 
     ids, slots: int64 [n]; the owner keeps the slots pinned meanwhile. buffers: one for each thread.
-    locations: int64 [n], when it is done without an error.
+    locations: int64 [n], the result.
     """
 
-    disk: DiskTier
-    warm: SlotTier
-    buffers: SimpleQueue[Buffer]
-    ids: Ids
-    slots: Slots
-    locations: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
-    error: BaseException | None = None
-    done: bool = False
+    def __init__(
+        self,
+        disk: DiskTier,
+        warm: SlotTier,
+        buffers: SimpleQueue[Buffer],
+        ids: Ids,
+        slots: Slots,
+    ) -> None:
+        super().__init__()
+        self.ids = ids
+        self.slots = slots
+        self.locations: NDArray[np.int64] = np.empty(0, np.int64)
+        self._disk = disk
+        self._warm = warm
+        self._buffers = buffers
 
-    def run(self) -> None:
-        buffer = self.buffers.get()
+    def _do(self) -> None:
+        buffer = self._buffers.get()
         try:
             rows = buffer.rows(len(self.ids))
-            self.warm.gather(self.slots, rows)
-            self.locations = self.disk.write(self.ids, rows)
-        except BaseException as error:  # whatever it is, the owner has to hear of it
-            self.error = error
+            self._warm.gather(self.slots, rows)
+            self.locations = self._disk.write(self.ids, rows)
         finally:
-            self.buffers.put(buffer)
-            self.done = True
+            self._buffers.put(buffer)
 
 
-@dataclass(eq=False)
-class ReadJob:
-    """Read blocks from disk into a buffer that the owner lends until it has absorbed the job."""
+class ReadJob(Job):
+    """Read blocks from disk into a buffer that the owner lends until it has absorbed the job.
 
-    disk: DiskTier
-    buffer: Buffer
-    ids: Ids
-    locations: NDArray[np.int64]
-    error: BaseException | None = None
-    done: bool = False
+    ids, locations: int64 [n].
+    """
 
-    def run(self) -> None:
-        try:
-            self.disk.read(self.ids, self.locations, self.buffer.rows(len(self.ids)))
-        except BaseException as error:  # whatever it is, the owner has to hear of it
-            self.error = error
-        finally:
-            self.done = True
+    def __init__(
+        self, disk: DiskTier, buffer: Buffer, ids: Ids, locations: NDArray[np.int64]
+    ) -> None:
+        super().__init__()
+        self.ids = ids
+        self.buffer = buffer
+        self._disk = disk
+        self._locations = locations
 
-
-class Job(Protocol):
-    """What threads run. `done` turns true last, when `run` has nothing more to say."""
-
-    done: bool
-
-    def run(self) -> None: ...
+    def _do(self) -> None:
+        self._disk.read(self.ids, self._locations, self.buffer.rows(len(self.ids)))
 
 
 class Crew:
@@ -82,19 +109,10 @@ class Crew:
 
     def __init__(self, name: str, threads: int) -> None:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix=name)
-        self._futures: dict[Job, Future[None]] = {}
 
     def submit(self, job: Job) -> None:
         """Run a job on the next idle thread."""
-        self._futures[job] = self._pool.submit(job.run)
-
-    def wait(self, job: Job) -> None:
-        """Block until this job is done."""
-        self._futures[job].result()
-
-    def forget(self, job: Job) -> None:
-        """Drop a job that is done and absorbed."""
-        self._futures.pop(job, None)
+        self._pool.submit(job.run)
 
     def close(self) -> None:
         """Let what runs end, drop what has not begun."""

@@ -394,8 +394,8 @@ class Mover:
         self.sweep()
 
     def abandon(self, locations: NDArray[np.int64]) -> None:
-        """Take note of locations on disk that no table names any more."""
-        self._abandoned = np.concatenate((self._abandoned, locations))
+        """Take note of locations on disk that no table names any more, once or more often."""
+        self._abandoned = np.union1d(self._abandoned, locations)
 
     @property
     def abandoned(self) -> int:
@@ -405,12 +405,12 @@ class Mover:
     def sweep(self) -> None:
         """Delete from disk what was abandoned."""
         if len(self._abandoned) and self.disk is not None:
-            locations, self._abandoned = self._abandoned, _NONE
             try:
-                self.disk.delete(locations)
+                self.disk.delete(self._abandoned)
             except KVStoreError:
                 # A full disk refuses deletions too. They are tried again with the next.
-                self._abandoned = locations
+                return
+            self._abandoned = _NONE
 
     def release(self, ids: Ids, slots: Slots) -> None:
         """Give back warm slots, no longer pinned, of blocks that were removed meanwhile."""

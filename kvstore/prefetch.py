@@ -6,12 +6,10 @@ buffer or no room is left where it is.
 
 from __future__ import annotations
 
-import numpy as np
-
 from kvstore.config import StoreConfig
 from kvstore.jobs import Crew, ReadJob
 from kvstore.mover import Mover
-from kvstore.residency import COLD, Ids
+from kvstore.residency import Ids
 from kvstore.stats import StoreStats
 from kvstore.tiers.disk import DiskTier
 from kvstore.tiers.slots import Buffer
@@ -31,7 +29,8 @@ class Prefetch:
         self._stats = stats
         blocks = max(1, config.staging // 4 // _BUFFERS // mover.spec.nbytes)
         pinned = mover.hot_slab.planes[0].is_cuda
-        self._idle = [Buffer(mover.spec, blocks, pinned) for _ in range(_BUFFERS)]
+        self._buffers = [Buffer(mover.spec, blocks, pinned) for _ in range(_BUFFERS)]
+        self._idle = list(self._buffers)
         self._jobs: list[ReadJob] = []
 
     @property
@@ -51,15 +50,15 @@ class Prefetch:
             buffer = self._idle.pop()
             part, ids = ids[: buffer.blocks], ids[buffer.blocks :]
             job = ReadJob(self._disk, buffer, part, self._mover.residency.cold[part])
-            reading[part] = True
             self._jobs.append(job)
+            reading[part] = True
             self._crew.submit(job)
             self._stats.prefetch.issued += len(part)
 
     def await_blocks(self, ids: Ids) -> None:
         """Wait for those of these blocks that are on their way, and take them in."""
         while self._jobs and self._mover.residency.reading[ids].any():
-            self._crew.wait(self._jobs[0])
+            self._jobs[0].wait()
             self.absorb()
 
     def absorb(self) -> None:
@@ -68,25 +67,25 @@ class Prefetch:
             self._absorb_job(job)
 
     def _absorb_job(self, job: ReadJob) -> None:
-        residency = self._mover.residency
-        wanted = residency.tiers(job.ids) == COLD
-        if job.error is not None:
-            # Of no interest unless somebody asks for the block, and then reading it says why.
-            wanted[:] = False
-        places = np.flatnonzero(wanted)[: self._mover.room()]
-        ids = job.ids[places]
+        # They lie on disk only still: whoever wants one meanwhile waits for it. A block that cannot
+        # be read is of no interest unless somebody asks for it, and then reading it says why.
+        ids = job.ids[: self._mover.room() if job.error is None else 0]
         self._stats.prefetch.wasted += len(job.ids) - len(ids)
+        self._jobs.remove(job)
         try:
             if len(ids):
-                rows = job.buffer.rows(len(job.ids))
-                if len(ids) < len(job.ids):
-                    for row in rows:
-                        row[: len(ids)] = row[places]
-                slots = self._mover.land(ids, [row[: len(ids)] for row in rows], job.buffer)
+                slots = self._mover.land(ids, job.buffer.rows(len(ids)), job.buffer)
                 self._mover.mark_early(slots)
         finally:
-            # Even if that was cut short: the rows have moved, so it cannot be done again.
-            residency.reading[job.ids] = False
-            self._jobs.remove(job)
-            self._crew.forget(job)
+            self._mover.residency.reading[job.ids] = False
             self._idle.append(job.buffer)
+
+    def rebuild(self) -> None:
+        """Make sure of the batches under way after a move was cut short."""
+        reading = self._mover.residency.reading
+        reading[:] = False
+        self._idle = list(self._buffers)
+        for job in self._jobs:
+            reading[job.ids] = True
+            self._idle.remove(job.buffer)
+            self._crew.submit(job)

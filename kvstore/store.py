@@ -104,7 +104,7 @@ class Store:
                 if self._mover.warm.slots:
                     self._writer = Writer(self._mover, disk, config, writers, self.stats)
                 self._prefetch = Prefetch(self._mover, disk, config, reader, self.stats)
-            self._guard = Guard(self._mover, self._writer)
+            self._guard = Guard(self._mover, self._writer, self._prefetch)
             self._lookups = Lookups(
                 self._mover, self._prefetch, self._guard, self.stats, self._recorder
             )
@@ -151,9 +151,9 @@ class Store:
         n = self._count(planes)
         self._require_memory(n)
         mover = self._mover
-        ids = mover.residency.allocate(n)
-        done = 0
+        ids, done = np.empty(0, np.int64), 0
         try:
+            ids = mover.residency.allocate(n)
             while done < n:
                 done += self._put_some(ids[done:], [plane[done:] for plane in planes])
             if self._writer is not None:

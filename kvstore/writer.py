@@ -52,7 +52,7 @@ class Writer:
         self._buffers: SimpleQueue[Buffer] = SimpleQueue()
         for _ in range(config.workers):
             self._buffers.put(Buffer(spec, self._batch))
-        # Some of these may have been saved or deleted since.
+        # Some of these may have been saved or deleted since, or are being written.
         self._queue: deque[Ids] = deque()
         self._jobs: list[WriteJob] = []
         self._stopped = False
@@ -119,18 +119,18 @@ class Writer:
         """Raise what went wrong, if anything did: once, whatever else is under way."""
         if self.failure is not None:
             for job in self._jobs:
-                self._crew.wait(job)
+                job.wait()
             self.absorb()
             failure, self.failure = self.failure, None
             raise failure
 
-    def requeue(self) -> None:
-        """Line up everything unsaved, after the tables have been rebuilt."""
+    def rebuild(self) -> None:
+        """Line up everything unsaved, and make sure of the batches, after a move was cut short."""
         residency = self._mover.residency
         present = residency.present()
-        unsaved = present[residency.cold[present] < 0]
-        written = [ids for ids, _ in self.writing()]
-        self._queue = deque([np.setdiff1d(unsaved, np.concatenate([_NONE, *written]))])
+        self._queue = deque([present[residency.cold[present] < 0]])
+        for job in self._jobs:
+            self._crew.submit(job)
 
     def _removed(self) -> int:
         """Warm slots whose blocks were deleted while they were being written."""
@@ -174,7 +174,7 @@ class Writer:
 
     def _await_one(self) -> None:
         assert self._jobs, "unsaved blocks that nobody writes"
-        self._crew.wait(self._jobs[0])
+        self._jobs[0].wait()
         self.absorb()
         self.raise_failure()
 
@@ -195,7 +195,6 @@ class Writer:
             self._stopped = True
             self.failure = self.failure or _as_failure(job.error)
         self._jobs.remove(job)
-        self._crew.forget(job)
         warm.unpin(job.slots)
         self._mover.release(job.ids[~kept], job.slots[~kept])
 

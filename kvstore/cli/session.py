@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from types import TracebackType
@@ -90,14 +90,8 @@ class Session:
 
     def ask(self, prompt: str) -> Iterator[bytes]:
         """Yield the answer byte by byte. Prompt and answer leave the reading as it is."""
-        answer = self._answer(prompt)
-        # Whoever stops reading half way leaves a fork open, which must end before the store does.
-        self._open.callback(answer.close)
-        return answer
-
-    def _answer(self, prompt: str) -> Generator[bytes, None, None]:
         self._stream.reads.clear()
-        yield from generate(self._stream, prompt, self._sampling)
+        return generate(self._stream, prompt, self._sampling)
 
     def report(self, answer: str, expected: str | None, correct: bool | None) -> Report:
         """Sum up what was read, and the answer to the last prompt."""

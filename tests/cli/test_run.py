@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +148,27 @@ def test_a_text_that_is_utf8_and_a_prompt_that_is_not_ascii(read: Kvstore, tmp_p
 def test_more_blocks_a_token_than_there_are(read: Kvstore, tmp_path: Path) -> None:
     text = tmp_path / "short"
     text.write_bytes(bytes(range(256)))
-    assert read("--top-k", 500, "--json", text=text).figures["not_found"] == 0
+    figures = read("--top-k", 500, "--json", text=text).figures
+    assert figures["not_found"] == 0
+    assert figures["lookups"] > read("--top-k", 1, "--json", text=text).figures["lookups"]
+
+
+def test_only_the_tokens_of_the_answer_are_timed(
+    read: Kvstore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def answer(stream: Any, prompt: str, sampling: Any) -> Iterator[bytes]:
+        asker = stream.fork()
+        for _ in range(reads):
+            asker.read(torch.tensor([65]))
+            yield b"A"
+
+    text = tmp_path / "text"
+    text.write_bytes(b"x" * 2049)  # the last piece read is a single token
+    monkeypatch.setattr(session, "generate", answer)
+    reads = 1  # the prompt
+    assert read("--json", text=text).figures["decode_ms_per_token"] is None
+    reads = 2
+    assert read("--json", text=text).figures["decode_ms_per_token"] > 0
 
 
 def test_a_stop_ends_the_answer(read: Kvstore) -> None:
@@ -242,13 +263,13 @@ def test_a_store_that_is_full(
     assert not list(temporary.iterdir())
 
 
-def test_progress_on_a_terminal(weights: Path, book: Path) -> None:
+def on_a_terminal(*argv: str) -> str:
+    """What a command draws on a terminal of 160 columns."""
     pty = pytest.importorskip("pty")
-    argv = ["run", "--text", str(book), "--prompt", "x", "--model", str(weights)]
     code = "import sys; from kvstore.cli.main import main; sys.exit(main(sys.argv[1:]))"
     mine, theirs = pty.openpty()
     process = subprocess.Popen(
-        [sys.executable, "-c", code, *argv, "--temperature", "9"],
+        [sys.executable, "-c", code, *argv],
         env=os.environ | {"TERM": "xterm", "COLUMNS": "160"},
         stdin=theirs,
         stdout=theirs,
@@ -261,10 +282,19 @@ def test_progress_on_a_terminal(weights: Path, book: Path) -> None:
             output += data
     os.close(mine)
     assert process.wait(60) == 0
-    text = output.decode(errors="replace")
-    assert "4,096/4,096" in text
-    assert "tokens/s" in text
-    assert "hot" in text
+    return output.decode(errors="replace")
+
+
+def test_progress_on_a_terminal(weights: Path, book: Path) -> None:
+    argv = ("run", "--text", str(book), "--prompt", "x", "--model", str(weights))
+    drawn = on_a_terminal(*argv, "--hot", "32KiB", "--warm", "64KiB")
+    progress = re.search(r"4,096/4,096.*?tokens/s.*?hot .*?100%.*?warm .*?%.*?cold .*?%", drawn)
+    assert progress, drawn
+    assert "demotions" in drawn
+    quiet = on_a_terminal(*argv, "--json")
+    assert quiet.startswith("{")
+    assert quiet.endswith("}\r\n")
+    assert "\x1b" not in quiet
 
 
 class TestProcess:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 
 import pytest
@@ -32,6 +33,27 @@ def test_a_terminal_is_not_commanded(
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     assert Screen(as_json=False).answer(PIECES) == "\x1b[2Ją\n\ufffd\ufffd"
     assert capsys.readouterr().out == "\ufffd[2Ją\n\ufffd\ufffd\n"
+
+
+def test_each_character_is_shown_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Out(io.StringIO):
+        shown = ""
+
+        def flush(self) -> None:
+            self.shown = self.getvalue()
+
+    out = Out()
+    monkeypatch.setattr(sys, "stdout", out)
+    seen: list[str] = []
+
+    def pieces():
+        for piece in (b"a", b"b"):
+            yield piece
+            seen.append(out.shown)
+
+    Screen(as_json=False).answer(pieces())
+    assert seen == ["a", "ab"]
+    assert out.shown == "ab\n"
 
 
 def test_json_keeps_quiet(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,6 @@
 """What the state machine cannot see: errors from outside, threads, forks, files, time."""
 
+import contextlib
 import json
 import os
 import re
@@ -27,6 +28,7 @@ from kvstore.errors import (
     StoreFullError,
     WriteFailedError,
 )
+from kvstore.stats import StoreStats
 from kvstore.store import Store
 from kvstore.tiers.slots import SlotTier
 from kvstore.trace import Kind, read_trace, read_trace_header
@@ -317,6 +319,169 @@ def test_slabs_take_no_memory_before_they_are_used():
 # Where things fail
 
 
+class SlowWriter:
+    """Lets a store's workers write only once they may; one block at a time and `quiet` unasked."""
+
+    def __init__(self, store, quiet=0):
+        self._write = store._disk.write
+        self.begun, self.go = threading.Event(), threading.Event()
+        store._disk.write = self
+        store._writer._batch = 1
+        store._writer._quiet = quiet
+
+    def __call__(self, *args):
+        self.begun.set()
+        assert self.go.wait(10)
+        return self._write(*args)
+
+
+def test_blocks_change_places_with_what_is_not_being_written():
+    """Warm holds one block that is being written and three that are saved; all four are wanted."""
+    with make(hot=4, warm=4) as store:
+        saved = store.put(random_planes(4))
+        store.flush()
+        writer = SlowWriter(store, quiet=3)
+        new = store.put(random_planes(4, seed=1))
+        assert writer.begun.wait(10)
+        with store.pinned(saved[[1]]):
+            pass
+        store.check()
+        tables = store._mover.residency
+        assert store._mover.warm.pinned[tables.warm[new[0]]]
+        assert tables.hot[new[0]] < 0
+        both = np.concatenate((new[:1], saved[2:]))
+        olds, news = random_planes(4), random_planes(4, seed=1)
+        expected = [torch.cat((b[:1], a[2:])) for a, b in zip(olds, news, strict=True)]
+        assert same(store.fetch(both), expected)
+        store.check()
+        writer.go.set()
+        store.flush()
+        store.check()
+        assert same(store.fetch(new), random_planes(4, seed=1))
+        assert same(store.fetch(saved), random_planes(4))
+
+
+def test_slots_of_deleted_blocks_that_are_being_written_are_no_room():
+    with make(hot=2, warm=4) as store:
+        writer = SlowWriter(store)
+        ids = store.put(random_planes(4))
+        assert writer.begun.wait(10)
+        written = np.concatenate([ids for ids, _ in store._writer.writing()])
+        assert len(written) == 2
+        store.delete(written)
+        left = np.setdiff1d(ids, written)
+        threading.Timer(0.05, writer.go.set).start()
+        new = store.put(random_planes(4, seed=1))
+        assert store.stats.write_waits > 0
+        store.check()
+        assert same(store.fetch(new), random_planes(4, seed=1))
+        assert same(store.fetch(left), [plane[left] for plane in random_planes(4)])
+
+
+MOVING = ("mover", "writer", "prefetch", "occupancy", "residency", "lookups", "slots")
+
+
+class Interrupter:
+    """Raises KeyboardInterrupt at the n-th line that runs in the files that move blocks."""
+
+    def __init__(self, n):
+        self.left = n
+
+    def __enter__(self):
+        sys.settrace(self.trace)
+        return self
+
+    def __exit__(self, *_):
+        sys.settrace(None)
+
+    def trace(self, frame, event, arg):
+        if Path(frame.f_code.co_filename).stem not in MOVING:
+            return None
+        if event == "line":
+            self.left -= 1
+            if self.left == -1:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+        return self.trace
+
+
+def interrupt_everywhere(prepare, act, step=1):
+    """Do something again and again, with Ctrl-C one line later each time, until none comes."""
+    for n in range(0, 100_000, step):
+        with prepare() as (store, oracle), Interrupter(n) as interrupter:
+            with contextlib.suppress(KeyboardInterrupt):
+                act(store)
+            sys.settrace(None)
+            # A pin that was cut short may stay; it would be no wonder if all of hot was pinned.
+            store._mover.hot.pins[:] = 0
+            store._mover.hot.pinned[:] = False
+            # And counters may have been added to by halves.
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(StoreStats, "check", lambda _: None)
+                store.check()
+            assert len(store) == len(oracle)
+            for block, planes in oracle.items():
+                assert same(store.fetch(np.array(block)), planes)
+            if interrupter.left >= 0:
+                return n
+    raise AssertionError("it never came to an end")
+
+
+@contextlib.contextmanager
+def prepared(**settings):
+    """A store under pressure, and what is in it."""
+    with make(**settings) as store:
+        ids = store.put(random_planes(12))
+        store.fetch(ids[[0, 5]])
+        blocks = {int(i): [p[k] for p in random_planes(12)] for k, i in enumerate(ids)}
+        yield store, blocks
+
+
+@pytest.mark.parametrize(
+    ("settings", "step"),
+    [
+        ({"hot": 4, "warm": 8, "cold": None}, 1),
+        ({"hot": 4, "warm": 9, "cold": None}, 1),
+        ({"hot": 3, "warm": 4}, 7),
+        ({"hot": 4, "warm": 0}, 7),
+    ],
+)
+def test_ctrl_c_at_any_line_of_a_fetch(settings, step):
+    def act(store):
+        with store.pinned(np.array([1, 5, 9])):
+            pass
+
+    lines = interrupt_everywhere(lambda: prepared(**settings), act, step)
+    assert lines > 50
+
+
+@pytest.mark.parametrize(
+    ("settings", "step"),
+    [({"hot": 4, "warm": 12, "cold": None}, 1), ({"hot": 3, "warm": 4}, 11)],
+)
+def test_ctrl_c_at_any_line_of_a_put(settings, step):
+    """What was being put is there or not; if the call did not return, it is not."""
+
+    def act(store):
+        ids = store.put(random_planes(4, seed=1))
+        store.delete(ids)
+
+    with pytest.MonkeyPatch.context() as patch:
+        # Only the put, and not the deletion, is interrupted.
+        delete = Store.delete
+
+        def quietly(store, ids):
+            sys.settrace(None)
+            delete(store, ids)
+
+        patch.setattr(Store, "delete", quietly)
+        interrupt_everywhere(lambda: prepared(**settings), act, step)
+
+
+def test_ctrl_c_at_any_line_of_a_flush():
+    interrupt_everywhere(lambda: prepared(hot=4, warm=12), Store.flush, 11)
+
+
 def test_a_failing_writer_is_heard_and_reading_goes_on():
     with make(hot=4, warm=16) as store:
         ids = store.put(random_planes(8))
@@ -352,7 +517,7 @@ def test_a_failing_writer_is_heard_at_the_next_call():
         store._disk.write = fail
         store.put(random_planes(8))
         for job in list(store._writer._jobs):
-            store._writer._crew.wait(job)
+            job.wait()
         with pytest.raises(WriteFailedError, match="no such device"):
             store.fetch(ids)
         assert same(store.fetch(ids), random_planes(8))
@@ -393,7 +558,9 @@ def test_a_damaged_block_is_named_and_the_others_are_read(tmp_path):
             store.check()
             store.prefetch(ids[2:5])
             for job in list(store._prefetch._jobs):
-                store._prefetch._crew.wait(job)
+                job.wait()
+            with pytest.raises(CorruptBlockError, match=f"block {bad} "):
+                store.fetch(ids[2:5])
             assert same(store.fetch(ids[5:]), [plane[5:] for plane in random_planes(40)])
             store.check()
 
@@ -504,14 +671,13 @@ def test_ctrl_c_while_deleted_blocks_are_being_written(monkeypatch):
 
 def wait_for_reads(store):
     for job in list(store._prefetch._jobs):
-        store._prefetch._crew.wait(job)
+        job.wait()
 
 
 def test_prefetch_brings_blocks_up():
     with make(hot=8, warm=4) as store:
         ids = store.put(random_planes(40))
         store.flush()
-        store.prefetch(ids[:3])
         store.prefetch(ids[:3])
         assert store.stats.prefetch.issued == 3
         wait_for_reads(store)
@@ -545,6 +711,32 @@ def test_a_fetch_waits_for_what_is_on_its_way():
         assert sorted(map(len, calls)) == [1, 3]
         assert (store.stats.cold.hits, store.stats.prefetch.used) == (4, 3)
         store.check()
+
+
+def test_what_is_on_its_way_is_not_asked_for_again_and_needs_room():
+    with make(hot=8, warm=4) as store:
+        ids = store.put(random_planes(40))
+        store.flush()
+        read = store._disk.read
+        go = threading.Event()
+
+        def slow(*args):
+            assert go.wait(10)
+            return read(*args)
+
+        with store.pinned(ids[20:27]):
+            pass
+        store._disk.read = slow
+        store.prefetch(ids[:4])
+        store.prefetch(ids[:4])
+        assert store.stats.prefetch.issued == 4
+        with store.pinned(ids[20:27]):
+            go.set()
+            wait_for_reads(store)
+            store.check()
+            assert store.stats.prefetch.wasted == 3
+        assert same(store.fetch(ids[:4]), [plane[:4] for plane in random_planes(40)])
+        assert store.stats.prefetch.used == 1
 
 
 def test_prefetch_is_bounded_and_never_evicts_what_is_pinned():

@@ -27,6 +27,7 @@ from hypothesis.stateful import (
 from pretend_cuda import pretend_cuda
 
 import kvstore.mover
+import kvstore.residency
 import kvstore.tiers.slots
 from kvstore.block import BlockSpec, Plane
 from kvstore.config import StoreConfig
@@ -339,14 +340,14 @@ class StoreMachine(RuleBasedStateMachine):
         if self.store._prefetch is None:
             return
         for job in self.store._prefetch._jobs:
-            self.store._prefetch._crew.wait(job)
+            job.wait()
 
     @rule()
     def let_writes_end(self):
         if self.store._writer is None:
             return
         for job in self.store._writer._jobs:
-            self.store._writer._crew.wait(job)
+            job.wait()
 
     @rule(places=picks)
     def delete(self, places):
@@ -450,8 +451,10 @@ MACHINE = {"deadline": None, "suppress_health_check": list(hypothesis.HealthChec
 
 
 @pytest.fixture(autouse=True)
-def short_hops(monkeypatch):
-    """Move blocks in pieces of three, where the real ones hold thousands of such small blocks."""
+def small_numbers(monkeypatch):
+    """Move blocks in pieces of three, where the real ones hold thousands of such small blocks, and
+    use ids again after sixteen."""
+    monkeypatch.setattr(kvstore.residency, "_FIRST_IDS", 16)
     monkeypatch.setattr(kvstore.mover, "_HOP_BYTES", 3 * NBYTES)
     monkeypatch.setattr(kvstore.mover, "_CUDA_HOP_BYTES", 3 * NBYTES)
     monkeypatch.setattr(kvstore.tiers.slots, "_BOUNCE_BYTES", 3 * NBYTES)

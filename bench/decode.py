@@ -57,20 +57,17 @@ def kernel(device: str, block_size: int, head_dim: int, n: int) -> dict[str, Any
         chosen = ids[np.random.default_rng(0).permutation(kept)[: heads * blocks]]
         chosen = chosen.reshape(heads, 1, blocks)
         q = torch.randn(heads, 1, 1, 1, head_dim, device=device) * head_dim**-0.5
-        local = (
-            torch.zeros(heads, 1, 1, head_dim, device=device),
-            torch.full((heads, 1, 1), -1e9, device=device),
-        )
+        gate = torch.zeros(heads, 1, blocks, 1, device=device)
         with store.pinned(chosen) as pin:
             slots = torch.from_numpy(pin.slots).to(device).flatten()
         flat = q.view(1, heads, 1, head_dim).to(torch.bfloat16)
         layout = (1, heads, blocks * block_size, head_dim)
         near_k, near_v = (p.index_select(0, slots).view(layout) for p in (keys, values))
 
-        def through_store() -> Tensor:
+        def through_store(gate: Tensor | None = None, weighed: bool = False) -> Tensor:
             with store.pinned(chosen) as pin:
                 at = torch.from_numpy(pin.slots).to(device)
-                return block_attention(q, keys, values, at, None, local)[0]
+                return block_attention(q, keys, values, at, gate, None, weighed)[0]
 
         def gather_sdpa() -> Tensor:
             k, v = (p.index_select(0, slots).view(layout) for p in (keys, values))
@@ -88,6 +85,7 @@ def kernel(device: str, block_size: int, head_dim: int, n: int) -> dict[str, Any
             assert torch.allclose(through_store().flatten(), exact, atol=0.02)
             ours, gathered = pair(through_store, gather_sdpa, n)
             again, dense = pair(through_store, contiguous_sdpa, n)
+            weighed, gated = pair(lambda: through_store(None, True), lambda: through_store(gate), n)
             books, _ = pair(bookkeeping, lambda: None, n)
     size = heads * blocks * spec.nbytes
     return {
@@ -99,6 +97,8 @@ def kernel(device: str, block_size: int, head_dim: int, n: int) -> dict[str, Any
         "contiguous_sdpa_us": dense * 1e6,
         "ratio_to_gather_sdpa": ours / gathered,
         "ratio_to_contiguous_sdpa": again / dense,
+        "weighed_us": weighed * 1e6,
+        "gated_us": gated * 1e6,
         "bookkeeping_us": books * 1e6,
         "n": n,
     }
@@ -213,6 +213,8 @@ def main() -> None:
             f" ({row['store_gb_s']:.1f} GB/s), gather + SDPA {row['gather_sdpa_us']:.0f} us"
             f" ({row['gather_sdpa_gb_s']:.1f} GB/s), ratio {row['ratio_to_gather_sdpa']:.2f};"
             f" to contiguous SDPA {row['ratio_to_contiguous_sdpa']:.2f};"
+            f" with the blocks' weights {row['weighed_us']:.0f} us,"
+            f" with gates of its own {row['gated_us']:.0f} us;"
             f" bookkeeping {row['bookkeeping_us']:.0f} us",
             flush=True,
         )

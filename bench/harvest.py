@@ -48,7 +48,7 @@ def main() -> None:
     stride = config.block_size + 1
     offsets = torch.arange(stride)
     here = model.rotary.table(offsets, torch.float32)
-    shared = model.rotary.table(offsets + (config.top_k + 1) * stride, torch.float32)
+    shared = model.rotary.table(offsets + (config.near + 1) * stride, torch.float32)
     texts = [np.frombuffer(haystack.source_text(12 << 20, 0), np.uint8)]
     if a.corpus:
         texts += [read_text(p) for p in sorted(a.corpus.glob("*.txt*"))]

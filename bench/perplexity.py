@@ -43,7 +43,7 @@ def main() -> None:
     path = next(p for p in a.corpus.iterdir() if p.name.split(".")[0] == a.text)
     text = torch.from_numpy(read_text(path).copy())
     k = a.top_k or model.config.top_k
-    base = Retrieval(k, model.config.top_k, model.config.segment)
+    base = Retrieval(k, model.config.near, model.config.segment)
     ways = {
         "retrieval": base,
         "window": replace(base, search=False),

@@ -127,6 +127,8 @@ class BlockMap:
         ids: Ids = table[rows[:, None], np.minimum(flat, table.shape[1] - 1)]
         for run in self._runs[1:]:
             columns = flat - run.base[rows, None]
+            if columns.max() < 0:
+                continue
             i, j = np.nonzero(columns >= 0)
             # What belongs to a later run is overwritten in its turn.
             last = run.table.shape[1] - 1

@@ -157,7 +157,7 @@ class Codec:
                 raise self._damaged(ids[group], views[group])
             payloads = [view[self.header_nbytes :] for view in views[group]]
             blocks = self._decompress(ids[group], payloads)
-            self._merge(blocks, words, group if rows is None else rows[group])
+            self._merge(blocks, words, group if rows is None else _in_a_row(rows[group]))
 
     def _check_arrays(
         self,
@@ -423,6 +423,13 @@ def _places(spec: BlockSpec, units: tuple[_Unit, ...]) -> list[list[tuple[int, i
             places[plane].insert(0, (start + first, last - first))
         start += unit.nbytes
     return places
+
+
+def _in_a_row(rows: npt.NDArray[np.int64]) -> slice | npt.NDArray[np.int64]:
+    """Return rows that follow each other as a slice: what views need not be copied."""
+    first, last = int(rows[0]), int(rows[-1])
+    in_a_row = last - first == len(rows) - 1 and bool((rows[1:] > rows[:-1]).all())
+    return slice(first, last + 1) if in_a_row else rows
 
 
 def _bytes(column: npt.NDArray[np.int64], dtype: str) -> Bytes2D:

@@ -16,9 +16,11 @@ class ModelConfig:
     family: which attention the retrieving layers use.
     width: size of the residual stream; heads * head_dim.
     layers: one letter a layer, from the input up: "l" local attention, "r" retrieving.
+    reach: bytes that each place's embedding knows of: its own and those right before it.
     block_size: tokens of a block; the landmark token takes one position more.
     window_blocks: how many blocks before its own a local layer sees.
-    top_k: blocks that each retrieving head fetches; also how many recent blocks keep their places.
+    near: recent blocks that keep their exact places while the past is searched.
+    top_k: blocks that each retrieving head fetches.
     segment: tokens that share one selection while a text is read; divides block_size.
     """
 
@@ -29,14 +31,25 @@ class ModelConfig:
     mlp_width: int = 512
     block_size: int = 32
     window_blocks: int = 2
-    rope_base: float = 10000.0
-    top_k: int = 4
+    reach: int = 4
+    rope_base: float = 1e6
+    near: int = 4
+    top_k: int = 8
     segment: int = 32
 
     def __post_init__(self) -> None:
         if self.family not in ("landmark",):
             raise ValueError(f"model family {self.family!r} is unknown: use 'landmark'")
-        for name in ("width", "heads", "mlp_width", "block_size", "window_blocks", "top_k"):
+        for name in (
+            "width",
+            "heads",
+            "mlp_width",
+            "block_size",
+            "reach",
+            "window_blocks",
+            "near",
+            "top_k",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.width % self.heads or (self.width // self.heads) % 2:

@@ -241,7 +241,7 @@ class Tasks:
         question = f" What is the {name}?" if rng.random() < 0.6 else ""
         question += f" The {name} is"
         answer = f" {number}."
-        hidden = [f" The {name} is {number}. Remember it. {number} is the {name}. "]
+        hidden = [self._saying(rng, name, number)]
         room = length - len(hidden[0]) - len(question) - len(answer)
         if room < 0:  # a short sample of a thing with a long name: ask shortly
             question = f" The {name} is"
@@ -275,6 +275,16 @@ class Tasks:
         return Sample(
             np.concatenate(pieces), np.concatenate(weights), slice(at + 1, at + 1 + len(number))
         )
+
+    def _saying(self, rng: np.random.Generator, name: str, number: str) -> str:
+        kind = rng.random()
+        if kind < 0.7:
+            return f" The {name} is {number}. Remember it. {number} is the {name}. "
+        if kind < 0.85:
+            return f" The {name} is {number}. "
+        if kind < 0.93:
+            return f" Please note that the {name} is {number}, and keep it. "
+        return f" The {name} is {number}. ".upper()
 
     def _decoy(self, rng: np.random.Generator, name: str) -> str:
         other = name

@@ -29,8 +29,13 @@ class LandmarkAttention(nn.Module):
         return tuple(split_heads(t, self.heads) for t in (q, k, v))  # type: ignore[return-value]
 
     def forward(
-        self, x: Tensor, rotary: Rotary, distractors: int = 0, near: int = 4
-    ) -> Tensor:  # [B, N, P, width] -> the same
+        self,
+        x: Tensor,  # [B, N, P, width]
+        rotary: Rotary,
+        distractors: int = 0,
+        near: int = 4,
+        gating: float | Tensor = 1.0,
+    ) -> Tensor:  # [B, N, P, width]
         """Attend over whole sequences with every past block, for training.
 
         distractors: that many blocks of *other* sequences of the batch join each block's past,
@@ -38,13 +43,16 @@ class LandmarkAttention(nn.Module):
         `near` recent ones). A short training text has few blocks to be confused by; a million
         tokens have many, and these stand for them (the idea is the cross-batch training of
         Tworkowski et al. 2023, arXiv 2307.03170). The loss stays the language model's.
+        gating: see grouped_softmax_attention.
         """
         q, k, v = self.project(x)
-        others = _foreign_blocks(q, k, v, rotary, distractors, near) if distractors else None
+        others = None
+        if distractors:
+            others = _foreign_blocks(q, k, v, rotary, distractors, near, gating)
         blocks, stride = x.shape[-3], x.shape[-2]
         place = torch.arange(blocks * stride, device=x.device).view(blocks, stride)
         table = rotary.table(place, q.dtype)
-        out = grouped_softmax_attention(rotate(q, table), rotate(k, table), v, others)
+        out = grouped_softmax_attention(rotate(q, table), rotate(k, table), v, others, gating)
         return self.out(merge_heads(out))
 
 
@@ -53,13 +61,18 @@ def grouped_softmax_attention(
     k: Tensor,  # [..., N, P, D] rotated to their places; [..., P - 1, :] are the landmarks
     v: Tensor,  # [..., N, P, D]; the landmarks' values are not used
     others: tuple[Tensor, Tensor] | None = None,
+    gating: float | Tensor = 1.0,
 ) -> Tensor:  # [..., N, P, D]
     """Attend over N blocks in the closed form of the grouped softmax.
 
     With s_ij = q_i k_j / sqrt(D), query i of block B and L_b = log sum_{j in b} exp(s_ij): a token
     j of its own block (j <= i) has the logit s_ij, a token j of a past block b has
     s_ij - L_b + s_i,landmark(b), and one softmax over all tokens gives the weights, which
-    therefore sum to one. others: further tokens as (logits [..., N, P, X], values [..., N, X, D]).
+    therefore sum to one.
+
+    others: further tokens as (logits [..., N, P, X], values [..., N, X, D]).
+    gating: what share of s_i,landmark(b) - L_b is added; at 0 the landmarks have no say and this is
+    plain attention over all tokens.
     """
     blocks, stride, dim = q.shape[-3:]
     tokens = stride - 1
@@ -68,7 +81,7 @@ def grouped_softmax_attention(
     inside, landmark = scores[..., :tokens], scores[..., tokens]  # [..., N, P, N, tokens], [.., N]
     index = torch.arange(blocks, device=q.device)
     past = index[:, None] > index  # [N, N]
-    gate = landmark - inside.logsumexp(dim=-1)  # [..., N, P, N]
+    gate = gating * (landmark - inside.logsumexp(dim=-1))  # [..., N, P, N]
     gate = gate.masked_fill(~past[:, None, :], 0.0)
     place = torch.arange(tokens, device=q.device)
     row = torch.arange(stride, device=q.device)
@@ -94,6 +107,7 @@ def _foreign_blocks(
     rotary: Rotary,
     count: int,
     near: int,
+    gating: float | Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Choose for each block the `count` blocks of other sequences that its queries score highest.
 
@@ -110,14 +124,14 @@ def _foreign_blocks(
         scores = torch.einsum("bhnd,hmd->bhnm", shared, pool_k[:, :, tokens])
         own = torch.arange(batch, device=q.device).repeat_interleave(blocks)
         same = own == torch.arange(batch, device=q.device)[:, None]
-        scores.masked_fill_(same[:, None, None], float("-inf"))
+        scores = scores.masked_fill(same[:, None, None], float("-inf"))
         chosen = scores.topk(count, dim=-1).indices.sort(dim=-1).values  # [B, H, N, count]
     head = torch.arange(heads, device=q.device)[:, None, None]
     keys, values = pool_k[head, chosen], pool_v[head, chosen]  # [B, H, N, count, P or tokens, D]
     back = near + count - torch.arange(count, device=q.device)  # in age order, nearest last
-    table = rotary.table(offsets + (back * stride)[:, None], q.dtype)  # [count, P, D / 2]
+    table = rotary.table(offsets + (back * stride)[:, None], q.dtype)  # [count, P, D]
     placed = rotate(q[..., None, :, :], table)
     scores = placed @ keys.transpose(-1, -2)  # [B, H, N, count, P, P]
     inside = scores[..., :tokens]
-    logits = inside + (scores[..., tokens] - inside.logsumexp(dim=-1))[..., None]
+    logits = inside + gating * (scores[..., tokens] - inside.logsumexp(dim=-1))[..., None]
     return logits.movedim(-3, -2).flatten(-2), values.flatten(-3, -2)

@@ -48,17 +48,20 @@ class Rotary:
         self.frequency = base**-steps  # [head_dim / 2]
 
     def table(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return cosines and sines [*positions.shape, head_dim / 2] for integer positions."""
+        """Return cosines and sines [*positions.shape, head_dim] for integer positions.
+
+        The first half of the sines has its sign turned, as `rotate` wants it.
+        """
         frequency = self.frequency.to(positions.device)
         angles = positions.to(torch.float64)[..., None] * frequency
-        return angles.cos().to(dtype), angles.sin().to(dtype)
+        cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+        return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate x [..., head_dim] by a table whose shapes broadcast against [..., head_dim / 2]."""
+    """Rotate x [..., head_dim] by a table whose shapes broadcast against x's."""
     cos, sin = table
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
@@ -75,7 +78,7 @@ def merge_heads(x: Tensor) -> Tensor:
 class Frame:
     """What a local layer knows of R places in a block, for each of the w + 1 blocks it looks at.
 
-    cos, sin: [w + 1, R, D / 2] turn a query towards a block, the oldest first; hidden: bool
+    cos, sin: [w + 1, R, D] turn a query towards a block, the oldest first; hidden: bool
     [w + 1, R, K], the tokens it does not see.
     """
 

@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kvstore.context import Context
 from kvstore.store import Store
 from model.attention import block_attention, window_attention
-from model.config import VOCABULARY
 from model.landmark import LandmarkAttention
 from model.layers import Frame, LocalAttention, merge_heads, rotate
 from model.transformer import Transformer
@@ -97,14 +98,16 @@ class Stream:
         self.context = context
         self.store: Store = context.store
         self.device = next(model.parameters()).device
-        self.retrieval = retrieval or Retrieval(config.top_k, config.top_k, config.segment)
-        self._last_ids: list[Tensor] = []
+        self.retrieval = retrieval or Retrieval(config.top_k, config.near, config.segment)
+        self._last_ids: list[NDArray[np.int64]] = []
         state = context.get_state()
         if state:
             self.position = int(state["position"])
             self._windows = [state[f"window.{i}"].clone() for i in range(self._local_layers)]
+            self._recent = state["recent"]
         else:
             self.position = 0
+            self._recent = model.embedding.nothing()
             shape = (2, config.heads, config.window_blocks + 1, config.block_size, config.head_dim)
             self._windows = [
                 torch.zeros(shape, device=self.device) for _ in range(self._local_layers)
@@ -134,17 +137,18 @@ class Stream:
         self._retrieval = retrieval
         furthest = retrieval.near + retrieval.top_k + 1
         back = torch.arange(furthest + 1, device=self.device) * (config.block_size + 1)
-        self._shifts = self.model.rotary.table(back, torch.float32)  # [furthest + 1, D / 2]
+        self._shifts = self.model.rotary.table(back, torch.float32)  # [furthest + 1, D]
 
     @property
     def _local_layers(self) -> int:
         return self.model.config.layers.count("l")
 
     def save_state(self) -> None:
-        """Hand the windows and the position to the context, which keeps them."""
+        """Hand windows, recent bytes and position to the context, which keeps them."""
         self._check()
         state = {f"window.{i}": w for i, w in enumerate(self._windows)}
-        self.context.set_state(state | {"position": torch.tensor(self.position)})
+        state |= {"recent": self._recent, "position": torch.tensor(self.position)}
+        self.context.set_state(state)
 
     def fork(self) -> Stream:
         """Return a stream on a fork of the context; what it reads leaves this one unchanged."""
@@ -188,14 +192,12 @@ class Stream:
                 take = left - left % size
                 piece = tokens[start : start + take].view(-1, size)
             stop = offset + piece.shape[1]
-            if stop == size:
-                landmark = piece.new_full((len(piece), 1), VOCABULARY)
-                piece = torch.cat((piece, landmark), dim=1)
-                stop += 1
-            rows = Rows(self.position // size, len(piece), offset, stop, size)
+            closes = stop == size
+            rows = Rows(self.position // size, len(piece), offset, stop + closes, size)
             self._check()
             self._torn = True
-            x = self._step(self.model.embedding(piece), rows)
+            x = self._step(self.model.embedding(piece, self._recent, closes), rows)
+            self._recent = torch.cat((self._recent, piece.flatten()))[len(piece.flatten()) :]
             self._torn = False
             start += take
             self.position += take
@@ -207,7 +209,7 @@ class Stream:
             # Token by token the choice changes little, so the last one is asked for in time to
             # come while the lower layers compute. A segment's choice says little of the next.
             for ids in self._last_ids:
-                self.store.prefetch(ids.numpy())
+                self.store.prefetch(ids)
         self._last_ids = []
         groups = Groups(rows, self.retrieval, self.device)
         local = retrieving = 0
@@ -242,11 +244,11 @@ class Stream:
         return attention.out(merge_heads(out))
 
     def _in_block(self, rows: Rows) -> tuple[Tensor, Tensor]:
-        """Rotations from the own block's start, [R, D / 2]."""
+        """Rotations from the own block's start, [R, D]."""
         return self._frame.cos[-1, rows.places], self._frame.sin[-1, rows.places]
 
     def _behind(self, blocks: Tensor | slice) -> tuple[Tensor, Tensor]:
-        """Rotations of a query by so many blocks back, [*blocks.shape, D / 2]."""
+        """Rotations of a query by so many blocks back, [*blocks.shape, D]."""
         cos, sin = self._shifts
         return cos[blocks], sin[blocks]
 
@@ -279,27 +281,30 @@ class Stream:
         self, q: Tensor, groups: Groups, streams: slice, local: tuple[Tensor, Tensor]
     ) -> Tensor:
         """Merge what the past says to queries q [H, G, R, D] into the local output."""
-        blocks, places = self._select(q, groups, streams)  # [H, G, M]
-        if blocks.shape[-1] == 0 or int(blocks.max()) < 0:
+        blocks, places, landmarks = self._select(q, groups, streams)  # [H, G, M], [H, G, M, D]
+        lowest, highest = (int(bound) for bound in blocks.aminmax()) if blocks.numel() else (-1, -1)
+        if highest < 0:
             return local[0]
-        landmarks = self.context.index.gather(streams, blocks)  # [H, G, M, D]
         cos, sin = self._behind(places)
         placed = rotate(q[:, :, None], (cos[..., None, :], sin[..., None, :]))  # [H, G, M, R, D]
         gate = (placed @ landmarks[..., None])[..., 0]  # [H, G, M, R]
-        ids = torch.from_numpy(self.context.ids(streams, blocks.clamp(min=0).cpu().numpy()))
-        # Where there is no block the kernel looks at none; ask for one that is asked for anyway.
-        ids = torch.where(blocks.cpu() < 0, ids.flatten()[blocks.flatten().argmax()], ids)
+        numbers = blocks.cpu().numpy()
+        ids = self.context.ids(streams, numbers if lowest >= 0 else numbers.clip(min=0))
+        if lowest < 0:
+            # There the kernel looks at none; ask for one that is asked for anyway.
+            ids = np.where(numbers < 0, ids.flat[numbers.argmax()], ids)
         self._last_ids.append(ids)
         keys, values = self.store.hot_planes
-        out = torch.empty_like(local[0])
-        waves: Iterable[slice] = [slice(0, 1)]  # one group's blocks must fit together
+        waves: Iterable[slice] = [slice(None)]  # one group's blocks must fit together
         if ids.shape[1] > 1:
-            waves = self.store.waves(ids.transpose(0, 1).flatten(1).numpy())  # [G, H * M]
+            waves = self.store.waves(ids.swapaxes(0, 1).reshape(ids.shape[1], -1))  # [G, H * M]
+        parts: list[Tensor] = []
         for part in waves:
-            with self.store.pinned(ids[:, part].numpy()) as pin:
+            with self.store.pinned(ids[:, part]) as pin:
                 slots = torch.from_numpy(pin.slots).to(self.device)
-                slots = slots.masked_fill(blocks[:, part] < 0, -1)
-                out[:, part], _, weights = block_attention(
+                if lowest < 0:
+                    slots = slots.masked_fill(blocks[:, part] < 0, -1)
+                out, _, weights = block_attention(
                     placed[:, part],
                     keys,
                     values,
@@ -307,42 +312,54 @@ class Stream:
                     gate[:, part],
                     (local[0][:, part], local[1][:, part]),
                 )
-                pin.weigh(weights.mean(dim=-1).float().cpu().numpy())
-        return out
+                assert weights is not None
+                pin.weigh(weights.mean(dim=-1))
+                parts.append(out)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
-    def _select(self, q: Tensor, groups: Groups, streams: slice) -> tuple[Tensor, Tensor]:
-        """Choose each group's blocks: numbers [H, G, M] (-1: none) and places in blocks back.
+    def _select(self, q: Tensor, groups: Groups, streams: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """Choose each group's blocks: numbers [H, G, M] (-1: none), blocks back, landmarks.
 
         The near blocks are scored at their exact places, all older ones at one place behind them.
         """
-        r = self.retrieval
+        r, index = self.retrieval, self.context.index
         k, near = r.top_k, r.near
         heads, count = q.shape[:2]
-        none = torch.zeros((heads, count, 0), dtype=torch.int64, device=self.device)
         if k == 0 or groups.last == 0:
-            return none, none
+            none = torch.zeros((heads, count, 0), dtype=torch.int64, device=self.device)
+            return none, none, q[:, :, :0]
         if not r.search:
             blocks = groups.recent.expand(heads, count, k)
-            return blocks, torch.arange(1, k + 1, device=self.device).expand(heads, count, k)
-        query = q[:, :, : groups.shared].mean(dim=2)  # [H, G, D]
+            places = torch.arange(1, k + 1, device=self.device).expand(heads, count, k)
+            return blocks, places, index.gather(streams, blocks)
+        query = q[:, :, 0]  # [H, G, D]
+        if groups.shared > 1:
+            query = q[:, :, : groups.shared].mean(dim=2)
         query = rotate(query[:, :, None], self._behind(slice(1, near + 2)))  # [H, G, near + 1, D]
-        index = self.context.index
         recent = groups.recent.expand(heads, count, near)
-        landmarks = index.gather(streams, recent)  # [H, G, near, D]
-        near_scores = (query[:, :, :near] * landmarks).sum(dim=-1)
-        near_scores = near_scores.masked_fill(recent < 0, float("-inf"))
         far, far_scores = index.search(streams, query[:, :, near], k, before=groups.limit)
+        blocks = torch.cat((recent, far), dim=-1)  # [H, G, near + k]
+        landmarks = index.gather(streams, blocks)
+        near_scores = (query[:, :, :near] * landmarks[:, :, :near]).sum(dim=-1)
+        if groups.rows.first < near:
+            near_scores = near_scores.masked_fill(recent < 0, float("-inf"))
         scores = torch.cat((near_scores, far_scores), dim=-1)
-        blocks = torch.cat((recent, far), dim=-1)
         if r.share_heads:
             blocks, scores = _best_of_heads(blocks, scores)
         top, at = scores.topk(min(k, scores.shape[-1]), dim=-1)
-        blocks = blocks.gather(-1, at).masked_fill(top == float("-inf"), -1)
-        blocks = blocks.sort(dim=-1, descending=True).values  # youngest first
+        blocks = blocks.gather(-1, at)
+        if groups.rows.first < k:
+            blocks = blocks.masked_fill(top == float("-inf"), -1)
+        blocks, order = blocks.sort(dim=-1, descending=True)  # youngest first
+        if r.share_heads:
+            landmarks = index.gather(streams, blocks)
+        else:
+            at = at.gather(-1, order)[..., None].expand(*at.shape, landmarks.shape[-1])
+            landmarks = landmarks.gather(2, at)
         distance = groups.number[:, None] - blocks
         is_far = distance > near
         rank = is_far.cumsum(dim=-1)  # 1 for the youngest of the far ones
-        return blocks, torch.where(is_far, near + rank, distance)
+        return blocks, torch.where(is_far, near + rank, distance), landmarks
 
 
 def _best_of_heads(blocks: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
@@ -370,8 +387,8 @@ class Groups:
 
     number: [G] the block's number in the context, last: the greatest; recent: [G, near] (or
     [G, top_k] where nothing is searched), the numbers of the blocks before it, -1: none; limit:
-    [G], blocks below it are older; seen: bool [G, R', T], tokens of the own block that a row sees;
-    shared: rows whose mean query selects.
+    [G], or one for all, blocks below it are older; seen: bool [G, R', T], tokens of the own block
+    that a row sees, None: all; shared: rows whose mean query selects.
     """
 
     def __init__(self, rows: Rows, retrieval: Retrieval, device: torch.device) -> None:
@@ -393,11 +410,14 @@ class Groups:
             self.shared = 1
         self.last = rows.first + rows.blocks - 1
         known = torch.arange(min(rows.stop, rows.block_size), device=device)
-        self.seen = known <= places[:, :, None]
+        # The only row of a piece comes last and sees all.
+        self.seen = known <= places[:, :, None] if rows.stop - rows.start > 1 else None
         near = retrieval.near if retrieval.search else retrieval.top_k
         back = torch.arange(1, near + 1, device=device)
         self.recent = (self.number[:, None] - back).clamp(min=-1)
-        self.limit = (self.number - near).clamp(min=0)
+        self.limit: Tensor | int = max(0, rows.first - near)
+        if rows.whole:
+            self.limit = (self.number - near).clamp(min=0)
 
     def of_block(self, x: Tensor) -> Tensor:
         """[H, N, T, D] -> [H, G, T, D], or what broadcasts to it."""

@@ -12,7 +12,7 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -33,35 +33,31 @@ from model.transformer import Transformer
 class Stage:
     """`steps` steps of `count` samples of `length` bytes.
 
-    distractors: see LandmarkAttention.forward; needles, mentions, repeats, gibberish: see
-    Tasks.
+    gating: the landmarks' share in the attention (see grouped_softmax_attention) at the stage's
+    end; it slides there from that of the stage before. distractors: see LandmarkAttention.forward;
+    needles, mentions, repeats, gibberish: see Tasks.
     """
 
     steps: int
     length: int
     count: int
-    distractors: int
-    needles: float = 0.6
-    mentions: float = 0.0
-    repeats: float = 0.25
-    gibberish: float = 0.0
+    gating: float = 1.0
+    distractors: int = 0
+    needles: float = 0.5
+    mentions: float = 0.4
+    repeats: float = 0.5
+    gibberish: float = 0.3
 
 
 CURRICULUM = (
-    Stage(800, 128, 64, 0),
-    Stage(1100, 256, 32, 0),
-    Stage(1500, 512, 16, 4),
-    Stage(800, 512, 16, 4, needles=0.4, mentions=0.5),
-    Stage(400, 256, 32, 0, needles=0.3, mentions=0.8, repeats=0.6),
-    Stage(200, 512, 16, 4, needles=0.3, mentions=0.8, repeats=0.6),
-    Stage(400, 256, 32, 0, needles=0.3, mentions=0.8, repeats=0.8, gibberish=0.6),
-    Stage(800, 512, 16, 4, needles=0.6, mentions=0.3, repeats=0.5),
+    Stage(500, 256, 32, gating=0.0, needles=0.3, mentions=0.7, repeats=0.7, gibberish=0.5),
+    Stage(1000, 256, 32, needles=0.3, mentions=0.6, repeats=0.7, gibberish=0.5),
+    Stage(1000, 256, 32),
+    Stage(3300, 512, 16, distractors=4),
+    Stage(2500, 512, 16, distractors=8),
 )
-
-CYCLES = ((0, 5200, 1.0), (4200, 5700, 0.75), (4800, 6000, 0.75))
-"""The learning rate's rises (Loshchilov & Hutter 2017): first step, the step at which its fall
-would end, and its top as a share of the peak. After the first cycle needles are found at any
-distance, but the rate has fallen too far to learn to copy what a text says twice."""
+"""The landmarks come in once the attention can copy: the paper too starts from a model that has
+learnt to attend. From the beginning with full gating, copying is not learnt in as many steps."""
 
 
 def stage_of(step: int, curriculum: tuple[Stage, ...]) -> Stage:
@@ -81,17 +77,40 @@ def learning_rate(step: int, total: int, peak: float, warmup: int = 200) -> floa
     return peak * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done)))
 
 
-def rate_at(step: int, peak: float) -> float:
-    """Return the learning rate of a step of the whole run."""
-    first, end, share = [cycle for cycle in CYCLES if cycle[0] <= step][-1]
-    return learning_rate(step - first, end - first, share * peak, warmup=100 if first else 200)
+def gating_at(step: int, curriculum: tuple[Stage, ...]) -> float:
+    """Return the landmarks' share at a step."""
+    last = curriculum[0].gating
+    for stage in curriculum:
+        if step < stage.steps:
+            return last + (stage.gating - last) * step / stage.steps
+        step, last = step - stage.steps, stage.gating
+    return last
 
 
-def loss_of(model: Transformer, text: Tensor, weight: Tensor, distractors: int) -> Tensor:
-    """Return the weighted mean cross entropy (nats a byte) of text [B, length] int64."""
-    blocks = text.unflatten(1, (-1, model.config.block_size))
+def optimizers_of(model: Transformer, rate: float) -> list[torch.optim.Optimizer]:
+    """Return Muon (Jordan et al. 2024) for the layers' matrices and AdamW for everything else."""
+    if not hasattr(torch.optim, "Muon"):
+        raise ValueError(f"training needs torch 2.9 or newer, this is {torch.__version__}")
+    named = list(model.layers.named_parameters())
+    matrices = [p for _, p in named if p.dim() == 2]
+    inside = {id(p) for p in matrices}
+    others = [p for p in model.parameters() if id(p) not in inside]
+    return [
+        torch.optim.Muon(matrices, lr=1.5 * rate, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
+
+
+def loss_of(
+    model: Transformer,
+    text: Tensor,  # int64 [B, length]
+    weight: Tensor,  # float32 [B, length]
+    distractors: int = 0,
+    gating: float | Tensor = 1.0,
+) -> Tensor:
+    """Return the weighted mean cross entropy, nats a byte."""
     with torch.autocast(text.device.type, torch.bfloat16):
-        logits = model(blocks, distractors)
+        logits = model(text.unflatten(1, (-1, model.config.block_size)), distractors, gating)
     logits = logits.float().flatten(1, 2)[:, :-1]
     loss = F.cross_entropy(logits.flatten(0, 1), text[:, 1:].flatten(), reduction="none")
     weight = weight[:, 1:].flatten()
@@ -120,7 +139,7 @@ def examine(model: Transformer, held_out: np.ndarray, seed: int) -> dict[str, An
     for length, count in ((1024, 16), (512, 32)):
         text = np.stack([filler.window(rng, length) for _ in range(count)]).astype(np.int64)
         x = torch.from_numpy(text).to(device)
-        nats = loss_of(model, x, torch.ones(x.shape, device=device), 0)
+        nats = loss_of(model, x, torch.ones(x.shape, device=device))
         report[f"bits_per_byte_{length}"] = round(float(nats) / math.log(2), 4)
         samples: list[Any] = []
         while len(samples) < count:
@@ -166,7 +185,7 @@ class _Excerpts:
 def _margins(model: Transformer, filler: _Excerpts, samples: list[Any]) -> dict[str, Any]:
     config = model.config
     device = next(model.parameters()).device
-    stride, near = config.block_size + 1, config.top_k
+    stride, near = config.block_size + 1, config.near
     offsets = torch.arange(stride, device=device)
     still = model.rotary.table(offsets, torch.float32)
     moved = model.rotary.table(offsets + (near + 1) * stride, torch.float32)
@@ -226,32 +245,35 @@ def _blocks_with(text: bytes, digits: bytes, block_size: int) -> list[int]:
     return sorted(set(found))
 
 
-def save_state(path: Path, model: Transformer, optimizer: torch.optim.Optimizer, step: int) -> None:
+def save_state(
+    path: Path, model: Transformer, optimizers: list[torch.optim.Optimizer], step: int
+) -> None:
     """Write everything that a later run needs to go on after `step` steps."""
     tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
-    for i, entry in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{i}.{k}": torch.as_tensor(v) for k, v in entry.items()}
+    for o, optimizer in enumerate(optimizers):
+        for i, entry in optimizer.state_dict()["state"].items():
+            named = {f"optimizer.{o}.{i}.{k}": torch.as_tensor(v) for k, v in entry.items()}
+            tensors |= named
     partial = path.with_suffix(".partial")
     save_file(tensors, partial, metadata={"step": str(step)})
     partial.replace(path)
 
 
-def load_state(path: Path, model: Transformer, optimizer: torch.optim.Optimizer) -> int:
+def load_state(path: Path, model: Transformer, optimizers: list[torch.optim.Optimizer]) -> int:
     """Read back what `save_state` wrote; return after how many steps that was."""
     with safe_open(path, framework="pt") as file:
         step = int(file.metadata()["step"])
-    tensors = load_file(path)
-    model.load_state_dict(
-        {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
-    )
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
+    weights: dict[str, Tensor] = {}
+    states: list[dict[int, dict[str, Tensor]]] = [{} for _ in optimizers]
+    for key, value in load_file(path).items():
         if key.startswith("optimizer."):
-            _, i, name = key.split(".")
-            state.setdefault(int(i), {})[name] = value
-    whole = optimizer.state_dict()
-    whole["state"] = state
-    optimizer.load_state_dict(whole)
+            _, o, i, name = key.split(".")
+            states[int(o)].setdefault(int(i), {})[name] = value
+        else:
+            weights[key.removeprefix("model.")] = value
+    model.load_state_dict(weights)
+    for optimizer, state in zip(optimizers, states, strict=True):
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
     return step
 
 
@@ -267,16 +289,15 @@ def train(arguments: argparse.Namespace) -> None:
     tasks = Tasks(corpus)
     torch.manual_seed(arguments.seed)
     model = Transformer(ModelConfig(family=arguments.family)).to(device)
-    decayed = [p for p in model.parameters() if p.dim() == 2]
-    plain = [p for p in model.parameters() if p.dim() != 2]
-    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=arguments.lr, betas=(0.9, 0.98))
+    optimizers = optimizers_of(model, arguments.lr)
+    peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
+    forward = cast(Transformer, torch.compile(model, dynamic=False)) if arguments.compile else model
     run: Path = arguments.run
     run.mkdir(parents=True, exist_ok=True)
     state, log = run / "state.safetensors", run / "log.jsonl"
     step, seconds = 0, 0.0
     if state.exists():
-        step = load_state(state, model, optimizer)
+        step = load_state(state, model, optimizers)
         lines = log.read_text().splitlines(keepends=True) if log.exists() else []
         lines = [x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= step]
         log.write_text("".join(lines))  # without what a stopped run did after this state
@@ -289,14 +310,19 @@ def train(arguments: argparse.Namespace) -> None:
         tasks.needles, tasks.mentions = stage.needles, stage.mentions
         tasks.repeats, tasks.gibberish = stage.repeats, stage.gibberish
         text, weight, _ = batch(tasks, arguments.seed, step, stage.count, stage.length)
-        for group in optimizer.param_groups:
-            group["lr"] = rate_at(step, arguments.lr)
+        for optimizer, peak in zip(optimizers, peaks, strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, total, peak)
+            optimizer.zero_grad(set_to_none=True)
         x = torch.from_numpy(text.astype(np.int64)).to(device)
-        loss = loss_of(model, x, torch.from_numpy(weight).to(device), stage.distractors)
-        optimizer.zero_grad(set_to_none=True)
+        w = torch.from_numpy(weight).to(device)
+        # As a tensor, since every new number would be compiled anew.
+        gating = torch.tensor(gating_at(step, CURRICULUM), device=device)
+        loss = loss_of(forward, x, w, stage.distractors, gating)
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         losses.append(loss.item())
         step += 1
         if step % 50 == 0 or step == total:
@@ -313,7 +339,7 @@ def train(arguments: argparse.Namespace) -> None:
                 model.train()
             with log.open("a") as file:
                 file.write(json.dumps(line) + "\n")
-            save_state(state, model, optimizer, step)
+            save_state(state, model, optimizers, step)
             print(json.dumps(line), flush=True)
     info = {
         "corpus": [p.name for p in corpus.paths],
@@ -332,7 +358,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m model.train",
         description=__doc__,
-        epilog="example: python -m model.train landmark --corpus texts --threads 2",
+        epilog="example: python -m model.train landmark --corpus texts",
     )
     parser.add_argument("family", choices=["landmark"])
     parser.add_argument("--corpus", type=Path, required=True, help="folder of *.txt or *.txt.gz")
@@ -342,8 +368,12 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=checkpoint.SHIPPED / "landmark.safetensors")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--no-compile", dest="compile", action="store_false",
+        help="do without torch.compile, which needs a C++ compiler and is 1.8 times as fast",
+    )  # fmt: skip
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     try:

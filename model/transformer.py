@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from model.config import VOCABULARY, ModelConfig
 from model.landmark import LandmarkAttention
@@ -25,13 +26,48 @@ class Layer(nn.Module):
         self.mlp = MLP(config.width, config.mlp_width)
 
 
+class Embedding(nn.Module):
+    """Embeds a byte together with the bytes before it, a vector for each of them, summed.
+
+    So every key says what came before its byte, and looking for "where was this said before?" needs
+    a single layer. Learning that from bytes embedded alone takes two layers that are of no use
+    without each other, which is where a short training gets stuck (Olsson et al. 2022, arXiv
+    2209.11895, on smeared keys).
+    """
+
+    def __init__(self, width: int, reach: int) -> None:
+        super().__init__()
+        self.reach = reach
+        # A table a distance; the last row is the landmark token or, before a byte, no byte.
+        self.weight = nn.Parameter(torch.empty(reach * (VOCABULARY + 1), width))
+
+    def nothing(self) -> Tensor:
+        """Return what comes before a text, int64 [reach - 1]."""
+        return torch.full((self.reach - 1,), VOCABULARY, device=self.weight.device)
+
+    def forward(
+        self,
+        tokens: Tensor,  # int64 [..., N, R], consecutive but for landmarks
+        before: Tensor,  # int64 [..., reach - 1]
+        landmarks: bool,  # close each row by the landmark token
+    ) -> Tensor:  # [..., N, R or R + 1, width]
+        recent = torch.cat((before, tokens.flatten(-2)), dim=-1).unfold(-1, self.reach, 1)
+        tables = torch.arange(self.reach - 1, -1, -1, device=tokens.device) * (VOCABULARY + 1)
+        x = F.embedding_bag((recent + tables).flatten(0, -2), self.weight, mode="sum")
+        x = x.view(*tokens.shape, -1)
+        if not landmarks:
+            return x
+        landmark = self.weight[VOCABULARY].expand(*x.shape[:-2], 1, -1)
+        return torch.cat((x, landmark), dim=-2)
+
+
 class Transformer(nn.Module):
     """A byte-level language model whose retrieving layers reach past blocks by landmarks."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(VOCABULARY + 1, config.width)  # the last one: the landmark
+        self.embedding = Embedding(config.width, config.reach)
         self.layers = nn.ModuleList(Layer(config, kind) for kind in config.layers)
         self.norm = RMSNorm(config.width)
         self.head = nn.Linear(config.width, VOCABULARY, bias=False)
@@ -42,31 +78,64 @@ class Transformer(nn.Module):
                 if name.endswith(("out.weight", "down.weight")):
                     std /= (2 * len(config.layers)) ** 0.5
                 nn.init.normal_(weight, std=std)
+        self._look_back()
+
+    @torch.no_grad()
+    def _look_back(self) -> None:
+        """Start the retrieving layers as induction heads (Olsson et al. 2022).
+
+        The bytes up to a place ask for a place where the same bytes came right before, and what
+        stood there is what the output layer predicts. Training would find that too, after a long
+        plateau, because no part of it is of use without the others (the idea is the mimetic
+        initialization of Trockman & Kolter 2023, arXiv 2305.09828).
+        """
+        config, attentions = self.config, [layer.attention for layer in self.stack]
+        width, dim, reach = config.width, config.head_dim, config.reach
+        letters = torch.randn(VOCABULARY + 1, width) * reach**-0.5  # a byte's vector, anywhere
+        turns = [torch.linalg.qr(torch.randn(width, width))[0] for _ in range(reach + 1)]
+        self.embedding.weight.copy_(torch.cat([letters @ turn for turn in turns[:reach]]))
+        self.head.weight.copy_(letters[:VOCABULARY] @ turns[reach] * width**-0.5)
+        slow = torch.cat((torch.arange(dim // 4, dim // 2), torch.arange(dim * 3 // 4, dim)))
+        for attention in attentions:
+            if not isinstance(attention, LandmarkAttention):
+                continue
+            q, k, v = attention.qkv.weight.view(3, config.heads, dim, width)
+            out = attention.out.weight.view(width, config.heads, dim)
+            for head in range(config.heads):
+                looks = torch.randn(reach - 1, len(slow), width) * 0.25 * dim**-0.25
+                q[head, slow] = sum(look @ turns[s] for s, look in enumerate(looks))
+                k[head, slow] = sum(look @ turns[s + 1] for s, look in enumerate(looks))
+                says = torch.randn(dim, width) * width**-0.5
+                v[head] = says @ turns[0]
+                out[:, head] = (says @ turns[reach]).T
 
     @property
     def stack(self) -> list[Layer]:
         """The layers, from the input up."""
         return [layer for layer in self.layers if isinstance(layer, Layer)]
 
-    def embed(self, tokens: Tensor) -> Tensor:  # [..., N, block_size] int64 -> [..., N, P, width]
-        """Embed whole blocks, each closed by the landmark token."""
-        landmark = tokens.new_full((*tokens.shape[:-1], 1), VOCABULARY)
-        return self.embedding(torch.cat((tokens, landmark), dim=-1))
+    def embed(self, tokens: Tensor) -> Tensor:  # int64 [B, N, block_size] -> [B, N, P, width]
+        """Embed whole sequences, each block closed by the landmark token."""
+        before = self.embedding.nothing().expand(len(tokens), -1)
+        return self.embedding(tokens, before, landmarks=True)
 
-    def hidden(self, tokens: Tensor, distractors: int = 0) -> Tensor:
-        """Run whole sequences densely: [B, N, block_size] int64 -> [B, N, P, width]."""
+    def hidden(self, tokens: Tensor, distractors: int = 0, gating: float | Tensor = 1.0) -> Tensor:
+        """Run whole sequences densely: [B, N, block_size] int64 -> [B, N, P, width].
+
+        distractors, gating: see LandmarkAttention.forward.
+        """
         x = self.embed(tokens)
         for layer in self.stack:
             inner = layer.attention_norm(x)
             if isinstance(layer.attention, LandmarkAttention):
-                near = self.config.top_k
-                x = x + layer.attention(inner, self.rotary, distractors, near)
+                near = self.config.near
+                x = x + layer.attention(inner, self.rotary, distractors, near, gating)
             else:
                 x = x + layer.attention(inner, self.rotary)
             x = x + layer.mlp(layer.mlp_norm(x))
         return x
 
-    def forward(self, tokens: Tensor, distractors: int = 0) -> Tensor:
+    def forward(self, tokens: Tensor, distractors: int = 0, gating: float | Tensor = 1.0) -> Tensor:
         """Return next-byte logits [B, N, block_size, 256]; landmark rows predict nothing."""
-        x = self.hidden(tokens, distractors)[..., :-1, :]
+        x = self.hidden(tokens, distractors, gating)[..., :-1, :]
         return self.head(self.norm(x))

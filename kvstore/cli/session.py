@@ -65,7 +65,7 @@ class Session:
         model = checkpoint.load(args.model).to(config.torch_device)
         sizes = model.config
         self._spec = BlockSpec.kv(sizes.block_size, sizes.head_dim, torch.bfloat16)
-        retrieval = Retrieval(args.top_k or sizes.top_k, sizes.top_k, sizes.segment)
+        retrieval = Retrieval(args.top_k or sizes.top_k, sizes.near, sizes.segment)
         self._streams = sizes.retrieving * sizes.heads
         self._tokens = 0
         self._prefill_seconds = 0.0

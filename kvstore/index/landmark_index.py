@@ -164,18 +164,7 @@ class LandmarkIndex:
         if not any(graphs):
             found = self._exact.top_k(self._pages, rows, values, k, bounds)
         else:
-            parts = [
-                self._merge(graphs[i], stream, values[i : i + 1], k, bounds)
-                for i, stream in enumerate(rows)
-            ]
-            found = (
-                parts[0]
-                if s == 1
-                else (
-                    torch.cat([numbers for numbers, _ in parts]),
-                    torch.cat([scores for _, scores in parts]),
-                )
-            )
+            found = self._merge(graphs, rows, values, k, bounds)
         self._tally.kind = "hnsw" if any(graphs) else "exact"
         self._tally.queries += s * m
         self._tally.seconds += time.perf_counter() - began
@@ -243,18 +232,18 @@ class LandmarkIndex:
                 f"blocks are {blocks.dtype} of shape {tuple(blocks.shape)}; "
                 f"expected int64 ({len(rows)}, ...)"
             )
-        out = torch.empty(*blocks.shape, self.dim, device=self.device)
-        if not blocks.numel():
-            return out
+        lowest, highest = (int(b) for b in blocks.aminmax()) if blocks.numel() else (-1, -1)
+        if highest < 0 and lowest == -1:
+            return torch.empty(*blocks.shape, self.dim, device=self.device)
         flat = blocks.reshape(len(rows), -1)
-        lowest, highest = torch.aminmax(flat, dim=1)
-        for stream, low, high in zip(rows, lowest.tolist(), highest.tolist(), strict=True):
-            if low < -1 or high >= self._pages.counts[stream]:
-                raise KeyError(f"stream {stream} has no block {high if low >= -1 else low}")
-        flat = flat.to(self.device).clamp(min=0)
-        for i, stream in enumerate(rows):
-            self._pages.gather(stream, flat[i], out[i].view(-1, self.dim))
-        return out
+        if lowest < -1 or highest >= min(self._pages.counts[stream] for stream in rows):
+            for stream, numbers in zip(rows, flat, strict=True):
+                low, high = (int(bound) for bound in numbers.aminmax())
+                if low < -1 or high >= self._pages.counts[stream]:
+                    raise KeyError(f"stream {stream} has no block {high if low >= -1 else low}")
+        flat = flat.to(self.device)
+        found = self._pages.gather(rows, flat.clamp(min=0) if lowest < 0 else flat)
+        return found.reshape(*blocks.shape, self.dim)
 
     def kind_for(self, m: int, k: int = 1, stream: int = 0) -> Kind:
         """Return what would answer m queries at once now; changes nothing."""
@@ -349,41 +338,48 @@ class LandmarkIndex:
 
     def _merge(
         self,
-        graphs: list[Segment],
-        stream: int,
+        graphs: list[list[Segment]],
+        rows: list[int],
         queries: torch.Tensor,
         k: int,
         bounds: NDArray[np.int64] | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the best of the segments and, exactly, of the rest; queries [1, m, dim]."""
-        points = queries[0].cpu().numpy()
-        low, high = (_ALL, _ALL) if bounds is None else (int(bounds.min()), int(bounds.max()))
-        parts: list[tuple[torch.Tensor, torch.Tensor]] = []
-        for graph in graphs:
-            overhang = max(graph.stop - low, 0)
-            found = graph.search(points, k + overhang)
-            if found is None:
-                graphs, parts = [], []
-                break
-            numbers, scores = found
-            if overhang:
-                assert bounds is not None
-                beyond = numbers >= bounds[:, None]
-                if beyond.any():
-                    numbers[beyond], scores[beyond] = -1, -np.inf
-                else:
-                    numbers, scores = numbers[:, :k], scores[:, :k]
-            parts.append((torch.from_numpy(numbers)[None], torch.from_numpy(scores)[None]))
-        rest = graphs[-1].stop if graphs else 0
-        if rest < min(self._pages.counts[stream], high) or sum(p[0].shape[-1] for p in parts) < k:
-            parts.append(self._exact.top_k(self._pages, [stream], queries, k, bounds, rest))
-        best, values = parts[0]
-        if len(parts) > 1 or best.shape[-1] > k:
-            best = torch.cat([part.to(self.device) for part, _ in parts], dim=-1)
-            values = torch.cat([part.to(self.device) for _, part in parts], dim=-1)
-            values, order = values.topk(k)
-            best = best.gather(-1, order)
-        return best.to(self.device), values.to(self.device)
+        """Return the best of each stream's segments and, exactly, of the rest; queries [s, m, dim].
+
+        Streams grow together, so their segments end at the same landmark as a rule, and the rest
+        is searched in one go.
+        """
+        points = queries.cpu().numpy()
+        parts = [_ask_graphs(of_stream, points[i], k, bounds) for i, of_stream in enumerate(graphs)]
+        best = torch.empty((len(rows), queries.shape[1], k), dtype=torch.int64, device=self.device)
+        values = torch.empty(best.shape, device=self.device)
+        alike: dict[tuple[int, int], list[int]] = {}
+        for i, (rest, known, _) in enumerate(parts):
+            alike.setdefault((rest, known.shape[1]), []).append(i)
+        for (rest, width), group in alike.items():
+            found = [self._from_graphs([parts[i] for i in group])]
+            ends = [self._pages.counts[rows[i]] for i in group]
+            high = max(ends) if bounds is None else min(max(ends), int(bounds.max()))
+            if rest < high or width < k:
+                some = queries if len(group) == len(rows) else queries[group]
+                streams = [rows[i] for i in group]
+                found.append(self._exact.top_k(self._pages, streams, some, k, bounds, rest))
+            numbers, scores = found[0]
+            if len(found) > 1 or scores.shape[-1] > k or len(graphs[group[0]]) > 1:
+                numbers = torch.cat([part for part, _ in found], dim=-1)
+                scores, order = torch.cat([part for _, part in found], dim=-1).topk(k)
+                numbers = numbers.gather(-1, order)
+            if len(group) == len(rows):
+                return numbers, scores
+            best[group], values[group] = numbers, scores
+        return best, values
+
+    def _from_graphs(
+        self, parts: list[tuple[int, NDArray[np.int64], NDArray[np.float32]]]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        numbers = torch.from_numpy(np.stack([part for _, part, _ in parts]))
+        scores = torch.from_numpy(np.stack([part for _, _, part in parts]))
+        return numbers.to(self.device), scores.to(self.device)
 
     def _sample(
         self,
@@ -427,11 +423,44 @@ class LandmarkIndex:
         return values
 
 
+def _ask_graphs(
+    graphs: list[Segment], points: NDArray[np.float32], k: int, bounds: NDArray[np.int64] | None
+) -> tuple[int, NDArray[np.int64], NDArray[np.float32]]:
+    """Search one stream's segments for points [m, dim].
+
+    Returns from which landmark on they know nothing, and of what they know numbers [m, n] and
+    scores [m, n], -1 and -inf where a number is not below the point's bound.
+    """
+    low = _ALL if bounds is None else int(bounds.min())
+    nothing = np.empty((len(points), 0), np.int64), np.empty((len(points), 0), np.float32)
+    parts = [nothing]
+    for graph in graphs:
+        overhang = max(graph.stop - low, 0)
+        found = graph.search(points, k + overhang)
+        if found is None:
+            return 0, *nothing
+        numbers, scores = found
+        if overhang:
+            assert bounds is not None
+            beyond = numbers >= bounds[:, None]
+            if beyond.any():
+                numbers[beyond], scores[beyond] = -1, -np.inf
+            else:
+                numbers, scores = numbers[:, :k], scores[:, :k]
+        parts.append((numbers, scores))
+    if len(parts) == 2:
+        return graphs[-1].stop, *parts[1]
+    numbers, scores = (np.concatenate(kind, axis=1) for kind in zip(*parts, strict=True))
+    return (graphs[-1].stop if graphs else 0), numbers, scores
+
+
 def _bounds(
     before: torch.Tensor | NDArray[np.int64] | int | None, m: int
 ) -> NDArray[np.int64] | None:
     if before is None:
         return None
+    if isinstance(before, int) and before >= 0:
+        return np.full(m, before)
     given = before.cpu().numpy() if isinstance(before, torch.Tensor) else np.asarray(before)
     if given.dtype.kind not in "iu" or given.shape not in ((), (m,)):
         raise ValueError(

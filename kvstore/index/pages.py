@@ -122,19 +122,27 @@ class LandmarkPages:
             return torch.empty(0, self.dim, device=self.device)
         return (views[0] if len(views) == 1 else torch.cat(views, dim=1)).T
 
-    def gather(self, stream: int, numbers: torch.Tensor, out: torch.Tensor) -> None:
-        """Copy landmarks, numbers int64 [n], which exist, to out [n, dim]."""
+    def gather(self, streams: Sequence[int], numbers: torch.Tensor) -> torch.Tensor:
+        """Return landmarks [s, n, dim] of s streams; numbers int64 [s, n], which exist."""
+        first = streams[0]
+        if list(streams) != list(range(first, first + len(streams))):
+            parts = [self.gather([s], numbers[i : i + 1]) for i, s in enumerate(streams)]
+            return torch.cat(parts)
+        chosen = slice(first, first + len(streams))
+        shape = (len(streams), self.dim, numbers.shape[1])
+        found = torch.empty(0, device=self.device)
         for page in self._pages:
+            columns = numbers.unsqueeze(1)
+            if page is not self._pages[0]:
+                base = torch.tensor(page.base[chosen], device=self.device)
+                columns = columns - base[:, None, None]
+            if len(self._pages) == 1:
+                return page.data[chosen].gather(2, columns.expand(shape)).transpose(1, 2)
             # Those of later pages are overwritten in their turn.
-            last = page.data.shape[-1] - 1
-            if page is self._pages[0]:
-                columns = numbers if len(self._pages) == 1 else numbers.clamp(max=last)
-                out.copy_(page.streams[stream].index_select(1, columns).T)
-            else:
-                columns = numbers - page.base[stream]
-                here = (columns >= 0).nonzero().squeeze(1)
-                found = page.streams[stream].index_select(1, columns[here].clamp(max=last))
-                out[here] = found.T
+            inside = columns.clamp(0, page.data.shape[-1] - 1).expand(shape)
+            here = page.data[chosen].gather(2, inside)
+            found = here if page is self._pages[0] else torch.where(columns >= 0, here, found)
+        return found.transpose(1, 2)
 
     @property
     def nbytes(self) -> int:

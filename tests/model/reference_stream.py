@@ -40,6 +40,11 @@ class Reference:
         self.shares: list[Floats] = []  # of each group and head, what its blocks weigh: [M]
         self.frequency = config.rope_base ** (-np.arange(half) / half)
 
+    def embedding(self, text: bytes, at: int) -> Floats:  # [width]
+        """Sum what the byte at a place and those before it say; 256 stands for none."""
+        recent = [text[at - back] if back <= at else 256 for back in range(self.config.reach)]
+        return sum(self.weights["embedding.weight"][257 * b + x] for b, x in enumerate(recent))
+
     def logits(
         self, text: bytes, retrieval: Retrieval | None = None, cuts: Sequence[int] = ()
     ) -> Floats:  # [len(text), 256]
@@ -48,8 +53,9 @@ class Reference:
         cuts: lengths of the pieces in which the text is read; what they leave is the last piece.
         """
         ends = list(range(self.size - 1, len(text), self.size))
-        tokens = np.insert(np.frombuffer(text, np.uint8).astype(int), [e + 1 for e in ends], 256)
-        x = self.weights["embedding.weight"][tokens]  # [rows, width]
+        x = np.array([self.embedding(text, i) for i in range(len(text))])
+        landmark = self.weights["embedding.weight"][256]
+        x = np.insert(x, [e + 1 for e in ends], landmark, axis=0)  # [rows, width]
         groups = list(self.groups(len(text), retrieval.segment, cuts)) if retrieval else []
         for i, kind in enumerate(self.config.layers):
             inner = self.norm(x, f"layers.{i}.attention_norm")
@@ -65,7 +71,7 @@ class Reference:
             up = self.norm(x, f"layers.{i}.mlp_norm") @ self.weights[f"layers.{i}.mlp.up.weight"].T
             up = 0.5 * up * (1 + np.tanh(np.sqrt(2 / np.pi) * (up + 0.044715 * up**3)))
             x = x + up @ self.weights[f"layers.{i}.mlp.down.weight"].T
-        x = x[np.arange(len(tokens)) % self.stride != self.size]
+        x = x[np.arange(len(x)) % self.stride != self.size]
         return self.norm(x, "norm") @ self.weights["head.weight"].T
 
     def norm(self, x: Floats, name: str) -> Floats:

@@ -204,6 +204,25 @@ def test_parts_merge_by_their_log_sum_exp() -> None:
     assert gap(again[1], lse) < 1e-12
 
 
+@settings(max_examples=60, deadline=None)
+@given(shape=shapes, window=st.booleans(), hole=st.booleans(), rows=st.integers(1, FEW + 1))
+def test_without_the_blocks_weights_the_rest_is_the_same(
+    shape: dict[str, int], window: bool, hole: bool, rows: int
+) -> None:
+    case = Case(**shape | {"rows": rows, "out": shape["dim"]})
+    if hole and case.slots.numel():
+        case.slots[0, 0, 0] = -1
+    if case.slots.shape[-1] < 2 and not window:
+        return
+    local = case.local if window else None
+    given = case.scaled[:, :, None], case.keys, case.values, case.slots, None, local
+    out, lse, none = block_attention(*given, weighed=False)
+    assert none is None
+    expected = block_attention(*given)
+    assert gap(out, expected[0]) < 1e-12
+    assert gap(lse, expected[1]) < 1e-12
+
+
 @pytest.mark.parametrize("out", [4, 5])
 @pytest.mark.parametrize("rows", [1, FEW, FEW + 1])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

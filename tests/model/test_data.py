@@ -227,8 +227,9 @@ def test_samples_have_their_length_and_weights(tasks: Tasks, length: int) -> Non
 
 
 def test_the_answer_is_where_it_is_said_to_be(tasks: Tasks) -> None:
-    """The key follows its question, counts most, and stands in the needle before."""
-    for sample in draws(tasks, 512, 200):
+    """The key follows its question, counts most, and stands in the needle before, said anyhow."""
+    said = Counter()
+    for sample in draws(tasks, 512, 300):
         text, answer = sample.text.tobytes(), sample.answer
         assert answer is not None
         number = text[answer].decode()
@@ -237,13 +238,23 @@ def test_the_answer_is_where_it_is_said_to_be(tasks: Tasks) -> None:
         before = text[: answer.start]
         name = before[before.rindex(b" The ") + 5 : -len(b" is ")].decode()
         assert before.endswith(f" The {name} is ".encode())
-        hidden = f" The {name} is {number}. Remember it. {number} is the {name}. ".encode()
-        assert text.count(hidden) == 1
-        assert text.count(f" The {name} is ".encode()) == 2  # in the needle and in the question
-        assert text.index(hidden) + len(hidden) <= answer.start
+        ways = {
+            "twice": f" The {name} is {number}. Remember it. {number} is the {name}. ",
+            "once": f" The {name} is {number}. ",
+            "note": f" Please note that the {name} is {number}, and keep it. ",
+            "capitals": f" THE {name.upper()} IS {number}. ",
+        }
+        way = next(way for way, hidden in ways.items() if hidden.encode() in before)
+        said[way] += 1
+        hidden = ways[way].encode()
+        assert before.count(hidden) == 1
+        asked = text.count(f" The {name} is ".encode())
+        assert asked == (2 if way in ("twice", "once") else 1)  # in the question, and the needle
         assert text[answer.stop : answer.stop + 1] == b"."
         heavy = np.flatnonzero(sample.weight == tasks.answer_weight)
         assert heavy.tolist() == list(range(answer.start - 1, answer.stop + 1))
+    assert 0.6 < said["twice"] / 300 < 0.8
+    assert all(0.02 < said[way] / 300 < 0.25 for way in ("once", "note", "capitals"))
 
 
 def test_most_samples_ask_for_the_pass_key_as_the_reader_will(tasks: Tasks) -> None:

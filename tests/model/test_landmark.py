@@ -34,11 +34,13 @@ def formula(
     q: Tensor,  # [N, P, D] at their places
     k: Tensor,  # [N, P, D] at their places
     others: list[list[tuple[list[Tensor], Tensor, Tensor, Tensor]]] | None = None,
+    gating: float = 1.0,
 ) -> Tensor:  # [N, P, N * (P - 1) + X] weights of the tokens, then of other blocks' tokens
     """Z_i = sum of e^s over the own block + sum of e^(s landmark) over the past blocks.
 
     others: for each block of queries, further past blocks as ([query of each row], keys [P - 1, D],
-    landmark [D], their first column).
+    landmark [D], their first column). gating: a past block weighs e^(gating s landmark) times the
+    sum of its own e^s to the rest of the power.
     """
     blocks, stride, dim = q.shape
     tokens = stride - 1
@@ -56,8 +58,9 @@ def formula(
             if others:
                 past += [(at[i], keys, mark, int(c)) for at, keys, mark, c in others[own]]
             for query, keys, mark, column in past:
-                gate = torch.exp(query @ mark / math.sqrt(dim))
                 inside = [torch.exp(query @ key / math.sqrt(dim)) for key in keys]
+                gate = torch.exp(gating * (query @ mark) / math.sqrt(dim))
+                gate = gate * sum(inside) ** (1 - gating)
                 for j in range(tokens):
                     weight[column + j] = gate * inside[j] / sum(inside)
                 total = total + gate
@@ -75,7 +78,11 @@ def attended(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # [..., N, P, D] each
 
 
 def layer_by_formula(
-    layer: LandmarkAttention, x: Tensor, distractors: int = 0, near: int = 4
+    layer: LandmarkAttention,
+    x: Tensor,
+    distractors: int = 0,
+    near: int = 4,
+    gating: float = 1.0,
 ) -> Tensor:
     """The whole layer, from its two weight matrices."""
     batch, blocks, stride, width = x.shape
@@ -118,7 +125,7 @@ def layer_by_formula(
                 extra.append(torch.cat([v[o, h, m, :tokens] for o, m in best]))
             if distractors:
                 values.append(torch.stack(extra))
-            weight = formula(placed(q[b, h]), placed(k[b, h]), others or None)
+            weight = formula(placed(q[b, h]), placed(k[b, h]), others or None, gating)
             out[b, :, :, h * dim : (h + 1) * dim] = weight @ torch.cat(values, dim=1)
     return out @ layer.out.weight.T
 
@@ -208,8 +215,9 @@ def test_a_landmark_row_does_not_see_its_own_landmark() -> None:
     assert (moved[2] > 0).all()
 
 
+@pytest.mark.parametrize("gating", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("distractors", [0, 1, 3])
-def test_layer_and_its_gradients_follow_the_formula(distractors: int) -> None:
+def test_layer_and_its_gradients_follow_the_formula(distractors: int, gating: float) -> None:
     torch.manual_seed(distractors)
     layer = LandmarkAttention(8, heads=2).double()
     for p in layer.parameters():
@@ -218,8 +226,8 @@ def test_layer_and_its_gradients_follow_the_formula(distractors: int) -> None:
     x = random(7, 3, 2, 4, 8).requires_grad_()
     up = random(8, 3, 2, 4, 8)
     inputs = (x, layer.qkv.weight, layer.out.weight)
-    mine = layer_by_formula(layer, x, distractors, near=2)
-    theirs = layer(x, rotary, distractors, near=2)
+    mine = layer_by_formula(layer, x, distractors, near=2, gating=gating)
+    theirs = layer(x, rotary, distractors, near=2, gating=gating)
     assert gap(theirs, mine) < NEAR
     expected = torch.autograd.grad((mine * up).sum(), inputs)
     got = torch.autograd.grad((theirs * up).sum(), inputs)
@@ -245,6 +253,28 @@ def test_layer_over_shapes(
     x = random(seed, batch, blocks, stride, 4)
     expected = layer_by_formula(layer, x, distractors, near)
     assert gap(layer(x, Rotary(4, 10000.0), distractors, near), expected) < NEAR
+
+
+def test_without_gating_it_is_attention_over_all_tokens() -> None:
+    q, k, v = (random(seed, 3, 5, 6) for seed in range(3))
+    rows = torch.arange(15).view(3, 5)
+    tokens = rows[:, :4].flatten()
+    seen = tokens <= rows.flatten()[:, None]
+    whole = torch.nn.functional.scaled_dot_product_attention(
+        q.flatten(0, 1), k[:, :4].flatten(0, 1), v[:, :4].flatten(0, 1), seen
+    )
+    assert gap(grouped_softmax_attention(q, k, v, gating=0.0).flatten(0, 1), whole) < 1e-12
+
+
+def test_a_new_model_looks_for_where_the_same_was_said() -> None:
+    """Before any training, what comes next is what came next where the same bytes stood before."""
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig())
+    text = torch.randint(0, 256, (8, 256))
+    text[:, 128:192] = text[:, 32:96]
+    logits = model(text.unflatten(1, (-1, 32)), gating=0.0).flatten(1, 2)
+    scores = logits.gather(-1, text.roll(-1, 1)[..., None])[..., 0] - logits.mean(-1)
+    assert scores[:, 132:191].mean() > 5 * scores[:, 4:127].mean().abs()
 
 
 def test_nothing_is_said_of_the_future() -> None:
@@ -320,6 +350,10 @@ def test_each_block_is_closed_by_the_landmark_token() -> None:
     text = torch.randint(0, 256, (2, 3, 4))
     x = model.embed(text)
     assert x.shape == (2, 3, 5, 16)
-    assert torch.equal(x[..., :-1, :], model.embedding.weight[text])
+    table = model.embedding.weight.view(model.config.reach, 257, 16)
+    at = table[0, text[1, 2, 0]] + table[1, text[1, 1, 3]] + table[2, text[1, 1, 2]]
+    assert torch.allclose(x[1, 2, 0], at + table[3, text[1, 1, 1]], atol=1e-5)
+    first = table[0, text[0, 0, 0]] + table[1:, 256].sum(0)
+    assert torch.allclose(x[0, 0, 0], first, atol=1e-5)
     assert torch.equal(x[1, 2, -1], model.embedding.weight[256])
     assert model(text).shape == (2, 3, 4, 256)

@@ -17,11 +17,14 @@ from safetensors.torch import load_file
 from model import checkpoint, train
 from model.config import ModelConfig
 from model.data import Tasks
-from model.train import Stage, learning_rate, loss_of, rate_at, stage_of
+from model.train import Stage, gating_at, learning_rate, loss_of, stage_of
 from model.transformer import Transformer
 
 SHIPPED = train.CURRICULUM
-CURRICULUM = (Stage(70, 128, 2, 0), Stage(50, 160, 2, 1, needles=0.5, mentions=0.5))
+CURRICULUM = (
+    Stage(70, 128, 2, gating=0.5, needles=0.6, mentions=0.0),
+    Stage(50, 160, 2, distractors=1, needles=0.5, mentions=0.5),
+)
 TINY = {"width": 16, "heads": 2, "layers": "lr", "mlp_width": 16, "top_k": 2}
 
 
@@ -51,7 +54,7 @@ def setting(texts: Path, folder: Path) -> argparse.Namespace:
     return argparse.Namespace(
         family="landmark", corpus=texts, validation="moby_dick", leave_out=["great_expectations"],
         run=folder / "run", out=folder / "out.safetensors", seed=3, lr=1e-2, threads=1,
-        device="cpu",
+        device="cpu", compile=False,
     )  # fmt: skip
 
 
@@ -201,29 +204,17 @@ def test_the_learning_rate_rises_and_falls() -> None:
     assert rates[200:] == sorted(set(rates[200:]), reverse=True)
 
 
-def test_each_cycle_rises_and_falls_until_the_next_and_the_last_ends_the_run() -> None:
-    total = sum(stage.steps for stage in SHIPPED)
-    starts = [first for first, _, _ in train.CYCLES]
-    assert starts[0] == 0
-    assert starts == sorted(starts)
-    assert train.CYCLES[-1][1] == total
-    rates = [rate_at(step, 2e-3) for step in range(total)]
-    assert all(0 < rate <= 2e-3 for rate in rates)
-    assert rates[0] == learning_rate(0, train.CYCLES[0][1], 2e-3)
-    for start, stop, (first, end, share) in zip(
-        starts, [*starts[1:], total], train.CYCLES, strict=True
-    ):
-        assert stop <= end  # past its end a fall would turn into a rise
-        top = max(rates[start:stop])
-        assert top == pytest.approx(share * 2e-3, rel=1e-3)
-        fall = rates[rates.index(top, start) : stop]
-        assert fall == sorted(fall, reverse=True)
-        assert first == start
-
-
 def test_stages_follow_one_another() -> None:
-    first, second = Stage(2, 128, 4, 0), Stage(3, 256, 2, 1)
+    first, second = Stage(2, 128, 4), Stage(3, 256, 2, distractors=1)
     assert [stage_of(step, (first, second)) for step in range(6)] == 2 * [first] + 4 * [second]
+
+
+def test_landmarks_slide_in() -> None:
+    stages = (Stage(2, 128, 4, gating=0.0), Stage(4, 128, 4), Stage(2, 256, 2))
+    shares = [gating_at(step, stages) for step in range(9)]
+    assert shares == [0, 0, 0, 0.25, 0.5, 0.75, 1, 1, 1]
+    assert gating_at(0, SHIPPED) == 0
+    assert gating_at(10**6, SHIPPED) == 1
 
 
 def test_the_curriculum_holds_whole_blocks_and_distractors_enough() -> None:

@@ -161,10 +161,14 @@ _THINGS = (
 
 @dataclass(frozen=True)
 class Sample:
-    """text: uint8 [length]; weight: float32 [length], of predicting that byte from those before."""
+    """text: uint8 [length]; weight: float32 [length], of predicting that byte from those before.
+
+    said: bool [length], the bytes of needles, decoys, question and answer; answer: the digits.
+    """
 
     text: Bytes
     weight: NDArray[np.float32]
+    said: NDArray[np.bool_]
     answer: slice | None
 
 
@@ -216,7 +220,7 @@ class Tasks:
             return self.hide(rng, length)
         if self.mentions and rng.random() < self.mentions:
             return self._again(rng, length)
-        return Sample(self.corpus.window(rng, length), np.ones(length, np.float32), None)
+        return _plain(self.corpus.window(rng, length))
 
     def _again(self, rng: np.random.Generator, length: int) -> Sample:
         named = any(self.corpus.names)
@@ -229,10 +233,10 @@ class Tasks:
             text[again : again + size] = text[start : start + size]
             weight = np.full(length, 0.02 if gibberish else 1.0, np.float32)
             weight[again + 4 : again + size] = 1.0
-            return Sample(text, weight, None)
+            return _plain(text, weight)
         count = int(rng.integers(3, 9)) if length >= 512 else 2
         text = np.concatenate(self.corpus.mentions(rng, count, -(-length // count)))[:length]
-        return Sample(text, np.ones(length, np.float32), None)
+        return _plain(text)
 
     def hide(self, rng: np.random.Generator, length: int) -> Sample:
         """Hide a needle (and decoys) at random places and ask for it near the end."""
@@ -255,25 +259,22 @@ class Tasks:
                 room -= len(decoy)
         filler, weight = self.filler(rng, room + tail)
         cuts = np.sort(rng.integers(0, room + 1, len(hidden)))
-        pieces: list[Bytes] = []
-        weights: list[NDArray[np.float32]] = []
-
-        def put(data: Bytes, each: float) -> None:
-            pieces.append(data)
-            weights.append(np.full(len(data), each, np.float32))
-
+        pieces: list[tuple[Bytes, float, bool]] = []
         start = 0
         for cut, index in zip(cuts, rng.permutation(len(hidden)), strict=True):
-            put(filler[start:cut], weight)
-            put(np.frombuffer(hidden[index].encode(), np.uint8), 0.3)
+            pieces.append((filler[start:cut], weight, False))
+            pieces.append((np.frombuffer(hidden[index].encode(), np.uint8), 0.3, True))
             start = cut
-        put(filler[start:room], weight)
-        put(np.frombuffer(question.encode(), np.uint8), 0.3)
-        at = sum(map(len, pieces))
-        put(np.frombuffer(answer.encode(), np.uint8), self.answer_weight)
-        put(filler[room:], weight)
+        pieces.append((filler[start:room], weight, False))
+        pieces.append((np.frombuffer(question.encode(), np.uint8), 0.3, True))
+        at = sum(len(data) for data, _, _ in pieces)
+        pieces.append((np.frombuffer(answer.encode(), np.uint8), self.answer_weight, True))
+        pieces.append((filler[room:], weight, False))
         return Sample(
-            np.concatenate(pieces), np.concatenate(weights), slice(at + 1, at + 1 + len(number))
+            np.concatenate([data for data, _, _ in pieces]),
+            np.concatenate([np.full(len(data), each, np.float32) for data, each, _ in pieces]),
+            np.concatenate([np.full(len(data), said) for data, _, said in pieces]),
+            slice(at + 1, at + 1 + len(number)),
         )
 
     def _saying(self, rng: np.random.Generator, name: str, number: str) -> str:
@@ -301,14 +302,12 @@ class Tasks:
         return f" {number} "
 
 
-def batch(
-    tasks: Tasks, seed: int, step: int, count: int, length: int
-) -> tuple[Bytes, NDArray[np.float32], list[slice | None]]:
-    """Draw step `step`'s batch: text [count, length], weights [count, length], answers."""
+def _plain(text: Bytes, weight: NDArray[np.float32] | None = None) -> Sample:
+    weight = np.ones(len(text), np.float32) if weight is None else weight
+    return Sample(text, weight, np.zeros(len(text), bool), None)
+
+
+def batch(tasks: Tasks, seed: int, step: int, count: int, length: int) -> list[Sample]:
+    """Draw step `step`'s samples."""
     rng = np.random.default_rng([seed, step])
-    samples = [tasks.sample(rng, length) for _ in range(count)]
-    return (
-        np.stack([s.text for s in samples]),
-        np.stack([s.weight for s in samples]),
-        [s.answer for s in samples],
-    )
+    return [tasks.sample(rng, length) for _ in range(count)]

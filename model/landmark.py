@@ -35,6 +35,7 @@ class LandmarkAttention(nn.Module):
         distractors: int = 0,
         near: int = 4,
         gating: float | Tensor = 1.0,
+        apart: Tensor | None = None,  # bool [B, N]
     ) -> Tensor:  # [B, N, P, width]
         """Attend over whole sequences with every past block, for training.
 
@@ -43,12 +44,13 @@ class LandmarkAttention(nn.Module):
         `near` recent ones). A short training text has few blocks to be confused by; a million
         tokens have many, and these stand for them (the idea is the cross-batch training of
         Tworkowski et al. 2023, arXiv 2307.03170). The loss stays the language model's.
-        gating: see grouped_softmax_attention.
+        apart: blocks that are not to be distractors, because nothing tells them from what a text
+        has itself. gating: see grouped_softmax_attention.
         """
         q, k, v = self.project(x)
         others = None
         if distractors:
-            others = _foreign_blocks(q, k, v, rotary, distractors, near, gating)
+            others = _foreign_blocks(q, k, v, rotary, distractors, near, gating, apart)
         blocks, stride = x.shape[-3], x.shape[-2]
         place = torch.arange(blocks * stride, device=x.device).view(blocks, stride)
         table = rotary.table(place, q.dtype)
@@ -108,6 +110,7 @@ def _foreign_blocks(
     count: int,
     near: int,
     gating: float | Tensor,
+    apart: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Choose for each block the `count` blocks of other sequences that its queries score highest.
 
@@ -124,6 +127,8 @@ def _foreign_blocks(
         scores = torch.einsum("bhnd,hmd->bhnm", shared, pool_k[:, :, tokens])
         own = torch.arange(batch, device=q.device).repeat_interleave(blocks)
         same = own == torch.arange(batch, device=q.device)[:, None]
+        if apart is not None:
+            same = same | apart.flatten()
         scores = scores.masked_fill(same[:, None, None], float("-inf"))
         chosen = scores.topk(count, dim=-1).indices.sort(dim=-1).values  # [B, H, N, count]
     head = torch.arange(heads, device=q.device)[:, None, None]

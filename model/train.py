@@ -35,7 +35,8 @@ class Stage:
 
     gating: the landmarks' share in the attention (see grouped_softmax_attention) at the stage's
     end; it slides there from that of the stage before. distractors: see LandmarkAttention.forward;
-    needles, mentions, repeats, gibberish: see Tasks.
+    lookalikes: whether needles of other samples may be distractors; needles, mentions, repeats,
+    gibberish: see Tasks.
     """
 
     steps: int
@@ -43,6 +44,7 @@ class Stage:
     count: int
     gating: float = 1.0
     distractors: int = 0
+    lookalikes: bool = False
     needles: float = 0.5
     mentions: float = 0.4
     repeats: float = 0.5
@@ -53,11 +55,13 @@ CURRICULUM = (
     Stage(500, 256, 32, gating=0.0, needles=0.3, mentions=0.7, repeats=0.7, gibberish=0.5),
     Stage(1000, 256, 32, needles=0.3, mentions=0.6, repeats=0.7, gibberish=0.5),
     Stage(1000, 256, 32),
-    Stage(3300, 512, 16, distractors=4),
+    Stage(1750, 512, 16, distractors=4, lookalikes=True),
+    Stage(1550, 512, 16, distractors=6),
     Stage(2500, 512, 16, distractors=8),
 )
 """The landmarks come in once the attention can copy: the paper too starts from a model that has
-learnt to attend. From the beginning with full gating, copying is not learnt in as many steps."""
+learnt to attend. From the beginning with full gating, copying is not learnt in as many steps. No
+needle can be told from another sample's, so these take the distractors' places for nothing."""
 
 
 def stage_of(step: int, curriculum: tuple[Stage, ...]) -> Stage:
@@ -107,10 +111,13 @@ def loss_of(
     weight: Tensor,  # float32 [B, length]
     distractors: int = 0,
     gating: float | Tensor = 1.0,
+    said: Tensor | None = None,  # bool [B, length], bytes whose blocks are not to be distractors
 ) -> Tensor:
     """Return the weighted mean cross entropy, nats a byte."""
+    shape = (-1, model.config.block_size)
+    apart = None if said is None else said.unflatten(1, shape).any(dim=-1)
     with torch.autocast(text.device.type, torch.bfloat16):
-        logits = model(text.unflatten(1, (-1, model.config.block_size)), distractors, gating)
+        logits = model(text.unflatten(1, shape), distractors, gating, apart)
     logits = logits.float().flatten(1, 2)[:, :-1]
     loss = F.cross_entropy(logits.flatten(0, 1), text[:, 1:].flatten(), reduction="none")
     weight = weight[:, 1:].flatten()
@@ -309,16 +316,21 @@ def train(arguments: argparse.Namespace) -> None:
         stage = stage_of(step, CURRICULUM)
         tasks.needles, tasks.mentions = stage.needles, stage.mentions
         tasks.repeats, tasks.gibberish = stage.repeats, stage.gibberish
-        text, weight, _ = batch(tasks, arguments.seed, step, stage.count, stage.length)
+        samples = batch(tasks, arguments.seed, step, stage.count, stage.length)
         for optimizer, peak in zip(optimizers, peaks, strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, total, peak)
             optimizer.zero_grad(set_to_none=True)
-        x = torch.from_numpy(text.astype(np.int64)).to(device)
-        w = torch.from_numpy(weight).to(device)
+        x, w, said = (
+            torch.from_numpy(np.stack(rows)).to(device)
+            for rows in zip(
+                *((s.text.astype(np.int64), s.weight, s.said) for s in samples), strict=True
+            )
+        )
         # As a tensor, since every new number would be compiled anew.
         gating = torch.tensor(gating_at(step, CURRICULUM), device=device)
-        loss = loss_of(forward, x, w, stage.distractors, gating)
+        apart = said if stage.distractors and not stage.lookalikes else None
+        loss = loss_of(forward, x, w, stage.distractors, gating, apart)
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:

@@ -119,23 +119,32 @@ class Transformer(nn.Module):
         before = self.embedding.nothing().expand(len(tokens), -1)
         return self.embedding(tokens, before, landmarks=True)
 
-    def hidden(self, tokens: Tensor, distractors: int = 0, gating: float | Tensor = 1.0) -> Tensor:
-        """Run whole sequences densely: [B, N, block_size] int64 -> [B, N, P, width].
-
-        distractors, gating: see LandmarkAttention.forward.
-        """
+    def hidden(
+        self,
+        tokens: Tensor,  # int64 [B, N, block_size]
+        distractors: int = 0,
+        gating: float | Tensor = 1.0,
+        apart: Tensor | None = None,  # bool [B, N]
+    ) -> Tensor:  # [B, N, P, width]
+        """Run whole sequences densely; for the options see LandmarkAttention.forward."""
         x = self.embed(tokens)
         for layer in self.stack:
             inner = layer.attention_norm(x)
             if isinstance(layer.attention, LandmarkAttention):
                 near = self.config.near
-                x = x + layer.attention(inner, self.rotary, distractors, near, gating)
+                x = x + layer.attention(inner, self.rotary, distractors, near, gating, apart)
             else:
                 x = x + layer.attention(inner, self.rotary)
             x = x + layer.mlp(layer.mlp_norm(x))
         return x
 
-    def forward(self, tokens: Tensor, distractors: int = 0, gating: float | Tensor = 1.0) -> Tensor:
-        """Return next-byte logits [B, N, block_size, 256]; landmark rows predict nothing."""
-        x = self.hidden(tokens, distractors, gating)[..., :-1, :]
+    def forward(
+        self,
+        tokens: Tensor,  # int64 [B, N, block_size]
+        distractors: int = 0,
+        gating: float | Tensor = 1.0,
+        apart: Tensor | None = None,  # bool [B, N]
+    ) -> Tensor:  # [B, N, block_size, 256]
+        """Return next-byte logits; landmark rows predict nothing."""
+        x = self.hidden(tokens, distractors, gating, apart)[..., :-1, :]
         return self.head(self.norm(x))

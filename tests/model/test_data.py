@@ -221,6 +221,7 @@ def test_samples_have_their_length_and_weights(tasks: Tasks, length: int) -> Non
         assert sample.text.dtype == np.uint8
         assert sample.weight.dtype == np.float32
         assert (sample.weight > 0).all()
+        assert sample.said.any() == (sample.answer is not None)
         if sample.answer is None:
             assert (sample.weight == 1).all()
     assert 0.45 < kinds[False] / 200 < 0.75  # 0.6
@@ -253,6 +254,10 @@ def test_the_answer_is_where_it_is_said_to_be(tasks: Tasks) -> None:
         assert text[answer.stop : answer.stop + 1] == b"."
         heavy = np.flatnonzero(sample.weight == tasks.answer_weight)
         assert heavy.tolist() == list(range(answer.start - 1, answer.stop + 1))
+        assert sample.said[answer.start - 1 : answer.stop + 1].all()
+        at = text.index(hidden)
+        assert sample.said[at : at + len(hidden)].all()
+        assert not sample.said[answer.stop + 1 :].any()
     assert 0.6 < said["twice"] / 300 < 0.8
     assert all(0.02 < said[way] / 300 < 0.25 for way in ("once", "note", "capitals"))
 
@@ -306,13 +311,16 @@ def test_a_thing_with_a_long_name_fits_the_shortest_sample(tasks: Tasks) -> None
 def test_a_batch_follows_from_seed_and_step(corpus: Corpus) -> None:
     first = batch(Tasks(corpus), 1, 5, 8, 128)
     again = batch(Tasks(corpus), 1, 5, 8, 128)
-    assert first[0].shape == first[1].shape == (8, 128)
-    assert first[0].dtype == np.uint8
-    assert np.array_equal(first[0], again[0])
-    assert np.array_equal(first[1], again[1])
-    assert first[2] == again[2]
+    assert len(first) == 8
+    for a, b in zip(first, again, strict=True):
+        assert a.text.shape == a.weight.shape == a.said.shape == (128,)
+        assert np.array_equal(a.text, b.text)
+        assert np.array_equal(a.weight, b.weight)
+        assert np.array_equal(a.said, b.said)
+        assert a.answer == b.answer
     for seed, step in ((1, 6), (2, 5)):
-        assert not np.array_equal(first[0], batch(Tasks(corpus), seed, step, 8, 128)[0])
+        other = batch(Tasks(corpus), seed, step, 8, 128)
+        assert not all(np.array_equal(a.text, b.text) for a, b in zip(first, other, strict=True))
 
 
 def test_training_never_reads_the_demos_text() -> None:

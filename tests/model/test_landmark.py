@@ -83,6 +83,7 @@ def layer_by_formula(
     distractors: int = 0,
     near: int = 4,
     gating: float = 1.0,
+    apart: Tensor | None = None,
 ) -> Tensor:
     """The whole layer, from its two weight matrices."""
     batch, blocks, stride, width = x.shape
@@ -111,6 +112,7 @@ def layer_by_formula(
             for n in range(blocks) if distractors else []:
                 far = [turned(q[b, h, n, p], p + (near + 1) * stride) for p in range(stride)]
                 pool = [(o, m) for o in range(batch) if o != b for m in range(blocks)]
+                pool = [om for om in pool if apart is None or not apart[om]]
                 mean = sum(far) / stride
                 score = {om: (mean @ turned(k[om[0], h, om[1], -1], tokens)).item() for om in pool}
                 best = sorted(sorted(pool, key=lambda om: -score[om])[:distractors])
@@ -253,6 +255,17 @@ def test_layer_over_shapes(
     x = random(seed, batch, blocks, stride, 4)
     expected = layer_by_formula(layer, x, distractors, near)
     assert gap(layer(x, Rotary(4, 10000.0), distractors, near), expected) < NEAR
+
+
+def test_blocks_set_apart_are_no_distractors() -> None:
+    torch.manual_seed(0)
+    layer = LandmarkAttention(8, heads=2).double()
+    x = random(7, 3, 3, 4, 8)
+    apart = torch.tensor([[True, False, False], [False, True, True], [False, False, True]])
+    expected = layer_by_formula(layer, x, 2, near=2, apart=apart)
+    found = layer(x, Rotary(4, 10000.0), 2, near=2, apart=apart)
+    assert gap(found, expected) < NEAR
+    assert gap(layer(x, Rotary(4, 10000.0), 2, near=2), expected) > 1e-3
 
 
 def test_without_gating_it_is_attention_over_all_tokens() -> None:

@@ -241,6 +241,23 @@ def test_the_loss_counts_weights() -> None:
     assert loss_of(model, changed, only, 0).item() == pytest.approx(single)
 
 
+def test_blocks_with_needles_are_no_distractors() -> None:
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(**TINY))  # type: ignore[arg-type]
+    text, weight = torch.randint(0, 256, (3, 96)), torch.ones(3, 96)
+    seen: list[torch.Tensor | None] = []
+
+    def forward(*given: object) -> torch.Tensor:
+        seen.append(given[3])  # type: ignore[arg-type]
+        return model(*given)
+
+    forward.config = model.config  # type: ignore[attr-defined]
+    said = torch.zeros(3, 96, dtype=torch.bool)
+    said[1, 40] = said[2, 95] = True
+    loss_of(forward, text, weight, 2, 1.0, said)  # type: ignore[arg-type]
+    assert seen[0].int().tolist() == [[0, 0, 0], [0, 1, 0], [0, 0, 1]]  # type: ignore[union-attr]
+
+
 @pytest.mark.slow
 def test_the_examination_reports_bits_needles_and_margins() -> None:
     torch.manual_seed(0)

@@ -79,11 +79,10 @@ def read_once(job: Job) -> dict[str, Any]:
     with reading(model, job.tokens) as stream:
         prefill(stream, hay.text)
         seconds = time.perf_counter() - began
-        k = model.config.top_k
         ways = {"retrieval": stream.retrieval}
         if job.controls:
-            ways["k=0"] = replace(stream.retrieval, top_k=0)
-            ways["window only"] = replace(stream.retrieval, top_k=2 * k, search=False)
+            ways["k=0"] = replace(stream.retrieval, top_k=0, near=0)
+            ways["window only"] = replace(stream.retrieval, search=False)
         right = {}
         for name, way in ways.items():
             stream.retrieval = way

@@ -1,9 +1,11 @@
 """Bits per byte on a novel at growing context: retrieval, k = 0, and the nearest blocks only.
 
 The same target bytes are scored behind longer and longer contexts: for each of --targets places
-in the text, the --score bytes there, after the context - score bytes before them. Everything is
-read the way a text is read: a selection a segment. "window" attends as many of the nearest blocks
-as retrieval may fetch.
+in the text, the --score bytes there, after the context - score bytes before them. The context is
+read as any text is, a selection a segment; the bytes that are scored are read with a selection a
+byte, as an answer is written. (A segment's shared selection knows its later bytes: it finds where
+they stood before, and the bits it saves so are not saved by predicting.) "window" attends as many
+of the nearest blocks as retrieval may fetch.
 
 python -m bench.perplexity --corpus texts
 """
@@ -47,7 +49,7 @@ def main() -> None:
     ways = {
         "retrieval": base,
         "window": replace(base, search=False),
-        "k=0": replace(base, top_k=0),
+        "k=0": replace(base, top_k=0, near=0),
     }
     places = np.linspace(a.longest, len(text) - a.score, a.targets).astype(int)
     began = time.perf_counter()
@@ -66,6 +68,7 @@ def main() -> None:
                 with reading(model, length, (0.5, 1.0), way) as stream:
                     for at in range(start, place - 1, PIECE):
                         stream.read(text[at : min(at + PIECE, place - 1)])
+                    stream.retrieval = replace(way, segment=1)
                     target = text[place - 1 : place + a.score]
                     logits = stream.score(target[:-1])
                     nats.append(float(F.cross_entropy(logits, target[1:].long())))

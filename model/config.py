@@ -19,8 +19,8 @@ class ModelConfig:
     reach: bytes that each place's embedding knows of: its own and those right before it.
     block_size: tokens of a block; the landmark token takes one position more.
     window_blocks: how many blocks before its own a local layer sees.
-    near: recent blocks that keep their exact places while the past is searched.
-    top_k: blocks that each retrieving head fetches.
+    near: recent blocks that are always attended to.
+    top_k: older blocks that each retrieving head finds.
     segment: tokens that share one selection while a text is read; divides block_size.
     """
 
@@ -33,8 +33,8 @@ class ModelConfig:
     window_blocks: int = 2
     reach: int = 4
     rope_base: float = 1e6
-    near: int = 4
-    top_k: int = 8
+    near: int = 8
+    top_k: int = 4
     segment: int = 32
 
     def __post_init__(self) -> None:

@@ -123,8 +123,8 @@ def _foreign_blocks(
     pool_v = v[..., :tokens, :].transpose(0, 1).flatten(1, 2)  # [H, B * N, tokens, D]
     q = q * dim**-0.5
     with torch.no_grad():
-        shared = rotate(q, rotary.table(offsets + (near + 1) * stride, q.dtype)).mean(dim=-2)
-        scores = torch.einsum("bhnd,hmd->bhnm", shared, pool_k[:, :, tokens])
+        shared = rotate(q, rotary.table(offsets + (near + 1) * stride, q.dtype))
+        scores = torch.einsum("bhnpd,hmd->bhnpm", shared, pool_k[:, :, tokens]).amax(dim=-2)
         own = torch.arange(batch, device=q.device).repeat_interleave(blocks)
         same = own == torch.arange(batch, device=q.device)[:, None]
         if apart is not None:

@@ -15,7 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kvstore.config import format_size
 from kvstore.context import Context
+from kvstore.errors import HotTierTooSmallError
 from kvstore.store import Store
 from model.attention import block_attention, window_attention
 from model.landmark import LandmarkAttention
@@ -27,13 +29,13 @@ from model.transformer import Transformer
 class Retrieval:
     """How the past is searched.
 
-    top_k: blocks each head (or all heads together) fetches for each selection; 0: none.
-    near: recent blocks that keep their exact places; older ones share one place while they are
-        searched, and the retrieved ones then take the places behind the near ones in age order
-        (the paper's "stingy" positions), so that no place exceeds what training has seen.
+    top_k: older blocks that each head (or all heads together) finds for each selection.
+    near: recent blocks that are always attended to, at their exact places. Older ones share one
+        place while they are searched, and those found then take the places behind the near ones in
+        age order (the paper's "stingy" positions), so that no place exceeds what training has seen.
     segment: tokens that share one selection in whole blocks; single tokens select alone.
     share_heads: one selection for all heads of a layer, by a block's best score in any of them.
-    search: False takes the top_k nearest blocks instead of searching (the control).
+    search: False takes as many more of the nearest blocks instead of searching (the control).
     """
 
     top_k: int
@@ -124,7 +126,10 @@ class Stream:
 
     @property
     def retrieval(self) -> Retrieval:
-        """How the past is searched; may be set between reads."""
+        """How the past is searched; may be set between reads.
+
+        HotTierTooSmallError where one selection might not fit into the hot tier.
+        """
         return self._retrieval
 
     @retrieval.setter
@@ -133,6 +138,14 @@ class Stream:
         if config.block_size % retrieval.segment:
             raise ValueError(
                 f"segment {retrieval.segment} must divide the block size {config.block_size}"
+            )
+        most = config.heads * (retrieval.near + retrieval.top_k)
+        if most > self.store.hot_slots:
+            least = most * self.store.spec.nbytes
+            raise HotTierTooSmallError(
+                f"the hot tier holds {self.store.hot_slots} blocks and a selection has up to "
+                f"{most} ({config.heads} heads, {retrieval.near} near, {retrieval.top_k} found): "
+                f"give hot at least {least} bytes ({format_size(least)})"
             )
         self._retrieval = retrieval
         furthest = retrieval.near + retrieval.top_k + 1
@@ -247,8 +260,8 @@ class Stream:
         """Rotations from the own block's start, [R, D]."""
         return self._frame.cos[-1, rows.places], self._frame.sin[-1, rows.places]
 
-    def _behind(self, blocks: Tensor | slice) -> tuple[Tensor, Tensor]:
-        """Rotations of a query by so many blocks back, [*blocks.shape, D]."""
+    def _behind(self, blocks: slice) -> tuple[Tensor, Tensor]:
+        """Rotations of a query by so many blocks back, [blocks, D]."""
         cos, sin = self._shifts
         return cos[blocks], sin[blocks]
 
@@ -281,16 +294,17 @@ class Stream:
         self, q: Tensor, groups: Groups, streams: slice, local: tuple[Tensor, Tensor]
     ) -> Tensor:
         """Merge what the past says to queries q [H, G, R, D] into the local output."""
-        blocks, places, landmarks = self._select(q, groups, streams)  # [H, G, M], [H, G, M, D]
-        lowest, highest = (int(bound) for bound in blocks.aminmax()) if blocks.numel() else (-1, -1)
-        if highest < 0:
+        blocks = self._select(q, groups, streams)  # [H, G, M]
+        some_absent = groups.rows.first < blocks.shape[-1]
+        if some_absent and (blocks < 0).all():
             return local[0]
-        cos, sin = self._behind(places)
-        placed = rotate(q[:, :, None], (cos[..., None, :], sin[..., None, :]))  # [H, G, M, R, D]
+        landmarks = self.context.index.gather(streams, blocks)  # [H, G, M, D]
+        cos, sin = self._behind(slice(1, blocks.shape[-1] + 1))
+        placed = rotate(q[:, :, None], (cos[:, None], sin[:, None]))  # [H, G, M, R, D]
         gate = (placed @ landmarks[..., None])[..., 0]  # [H, G, M, R]
         numbers = blocks.cpu().numpy()
-        ids = self.context.ids(streams, numbers if lowest >= 0 else numbers.clip(min=0))
-        if lowest < 0:
+        ids = self.context.ids(streams, numbers.clip(min=0) if some_absent else numbers)
+        if some_absent:
             # There the kernel looks at none; ask for one that is asked for anyway.
             ids = np.where(numbers < 0, ids.flat[numbers.argmax()], ids)
         self._last_ids.append(ids)
@@ -302,7 +316,7 @@ class Stream:
         for part in waves:
             with self.store.pinned(ids[:, part]) as pin:
                 slots = torch.from_numpy(pin.slots).to(self.device)
-                if lowest < 0:
+                if some_absent:
                     slots = slots.masked_fill(blocks[:, part] < 0, -1)
                 out, _, weights = block_attention(
                     placed[:, part],
@@ -317,65 +331,39 @@ class Stream:
                 parts.append(out)
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
-    def _select(self, q: Tensor, groups: Groups, streams: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """Choose each group's blocks: numbers [H, G, M] (-1: none), blocks back, landmarks.
+    def _select(self, q: Tensor, groups: Groups, streams: slice) -> Tensor:
+        """Choose each group's blocks: numbers [H, G, M], the m-th to be placed m blocks back.
 
-        The near blocks are scored at their exact places, all older ones at one place behind them.
+        The near ones come first, then those found, each kind youngest first. -1: none.
         """
-        r, index = self.retrieval, self.context.index
-        k, near = r.top_k, r.near
-        heads, count = q.shape[:2]
-        if k == 0 or groups.last == 0:
-            none = torch.zeros((heads, count, 0), dtype=torch.int64, device=self.device)
-            return none, none, q[:, :, :0]
-        if not r.search:
-            blocks = groups.recent.expand(heads, count, k)
-            places = torch.arange(1, k + 1, device=self.device).expand(heads, count, k)
-            return blocks, places, index.gather(streams, blocks)
+        r, (heads, count) = self.retrieval, q.shape[:2]
+        recent = groups.recent.expand(heads, count, groups.recent.shape[-1])
+        if not r.search or r.top_k == 0 or groups.last <= r.near:
+            return recent
         query = q[:, :, 0]  # [H, G, D]
         if groups.shared > 1:
             query = q[:, :, : groups.shared].mean(dim=2)
-        query = rotate(query[:, :, None], self._behind(slice(1, near + 2)))  # [H, G, near + 1, D]
-        recent = groups.recent.expand(heads, count, near)
-        far, far_scores = index.search(streams, query[:, :, near], k, before=groups.limit)
-        blocks = torch.cat((recent, far), dim=-1)  # [H, G, near + k]
-        landmarks = index.gather(streams, blocks)
-        near_scores = (query[:, :, :near] * landmarks[:, :, :near]).sum(dim=-1)
-        if groups.rows.first < near:
-            near_scores = near_scores.masked_fill(recent < 0, float("-inf"))
-        scores = torch.cat((near_scores, far_scores), dim=-1)
+        query = rotate(query, self._behind(slice(r.near + 1, r.near + 2)))
+        found, scores = self.context.index.search(streams, query, r.top_k, before=groups.limit)
         if r.share_heads:
-            blocks, scores = _best_of_heads(blocks, scores)
-        top, at = scores.topk(min(k, scores.shape[-1]), dim=-1)
-        blocks = blocks.gather(-1, at)
-        if groups.rows.first < k:
-            blocks = blocks.masked_fill(top == float("-inf"), -1)
-        blocks, order = blocks.sort(dim=-1, descending=True)  # youngest first
-        if r.share_heads:
-            landmarks = index.gather(streams, blocks)
-        else:
-            at = at.gather(-1, order)[..., None].expand(*at.shape, landmarks.shape[-1])
-            landmarks = landmarks.gather(2, at)
-        distance = groups.number[:, None] - blocks
-        is_far = distance > near
-        rank = is_far.cumsum(dim=-1)  # 1 for the youngest of the far ones
-        return blocks, torch.where(is_far, near + rank, distance), landmarks
+            found = _best_of_heads(found, scores)
+        return torch.cat((recent, found.sort(dim=-1, descending=True).values), dim=-1)
 
 
-def _best_of_heads(blocks: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Pool the candidates [H, G, C] of all heads; of a block's several scores the best stays.
+def _best_of_heads(blocks: Tensor, scores: Tensor) -> Tensor:
+    """Return the best k blocks of all heads, for each of them: [H, G, k] -> [H, G, k].
 
-    The best k blocks by their best score in any head are among the heads' own best k, so pooling
-    these is exact.
+    Of a block's several scores the best counts. The best k by their best score in any head are
+    among the heads' own best k, so pooling these is exact.
     """
-    heads = len(blocks)
-    pooled = blocks.transpose(0, 1).flatten(1)  # [G, H * C]
+    heads, _, k = blocks.shape
     best, order = scores.transpose(0, 1).flatten(1).sort(dim=-1, descending=True, stable=True)
-    pooled = pooled.gather(-1, order)
+    pooled = blocks.transpose(0, 1).flatten(1).gather(-1, order)  # [G, H * k]
     earlier = torch.ones(2 * pooled.shape[-1:], dtype=torch.bool, device=blocks.device).tril(-1)
     again = ((pooled[:, :, None] == pooled[:, None, :]) & earlier).any(dim=-1)
-    best = best.masked_fill(again, float("-inf"))
-    return pooled.expand(heads, *pooled.shape), best.expand(heads, *best.shape)
+    best, at = best.masked_fill(again, float("-inf")).topk(k, dim=-1)
+    chosen = pooled.gather(-1, at).masked_fill(best == float("-inf"), -1)
+    return chosen.expand(heads, *chosen.shape)
 
 
 class Groups:
@@ -385,8 +373,8 @@ class Groups:
     tokens and the landmark's row, which counts only in the block's last group. A piece inside
     one block has a group a row.
 
-    number: [G] the block's number in the context, last: the greatest; recent: [G, near] (or
-    [G, top_k] where nothing is searched), the numbers of the blocks before it, -1: none; limit:
+    last: the greatest number of a block; recent: [G, near] (or [G, near + top_k] where nothing is
+    searched), the numbers of the blocks before each group's own, -1: none; limit:
     [G], or one for all, blocks below it are older; seen: bool [G, R', T], tokens of the own block
     that a row sees, None: all; shared: rows whose mean query selects.
     """
@@ -402,22 +390,22 @@ class Groups:
             self._take = torch.cat((tokens, landmark), dim=1)  # [per_block, segment + 1]
             places = self._take.repeat(rows.blocks, 1)
             self._block = torch.arange(rows.blocks, device=device).repeat_interleave(per_block)
-            self.number = self._block + rows.first
+            number = self._block + rows.first
             self.shared = segment
         else:
             places = place[:, None]
-            self.number = torch.full_like(place, rows.first)
+            number = torch.full_like(place, rows.first)
             self.shared = 1
         self.last = rows.first + rows.blocks - 1
         known = torch.arange(min(rows.stop, rows.block_size), device=device)
         # The only row of a piece comes last and sees all.
         self.seen = known <= places[:, :, None] if rows.stop - rows.start > 1 else None
-        near = retrieval.near if retrieval.search else retrieval.top_k
+        near = retrieval.near + (0 if retrieval.search else retrieval.top_k)
         back = torch.arange(1, near + 1, device=device)
-        self.recent = (self.number[:, None] - back).clamp(min=-1)
+        self.recent = (number[:, None] - back).clamp(min=-1)
         self.limit: Tensor | int = max(0, rows.first - near)
         if rows.whole:
-            self.limit = (self.number - near).clamp(min=0)
+            self.limit = (number - near).clamp(min=0)
 
     def of_block(self, x: Tensor) -> Tensor:
         """[H, N, T, D] -> [H, G, T, D], or what broadcasts to it."""

@@ -37,7 +37,9 @@ class Ran(NamedTuple):
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of a model that has learned nothing."""
     torch.manual_seed(0)
-    config = ModelConfig(width=32, heads=2, layers="lr", mlp_width=32, block_size=32, top_k=2)
+    config = ModelConfig(
+        width=32, heads=2, layers="lr", mlp_width=32, block_size=32, near=1, top_k=1
+    )
     path = tmp_path_factory.mktemp("model") / "random.safetensors"
     checkpoint.save(Transformer(config), path, {})
     return path

@@ -187,16 +187,17 @@ class Reference:
     ) -> list[list[tuple[int, int]]]:
         """Return for each head the chosen blocks and how many places back each is put."""
         heads, number = len(q), group.block
+        near, top_k = retrieval.near, retrieval.top_k
         if not retrieval.search:
-            nearest = range(1, min(retrieval.top_k, number) + 1)
-            return [[(number - back, back) for back in nearest]] * heads
-        score = np.empty((heads, number))
+            near, top_k = near + top_k, 0
+        recent = [(number - back, back) for back in range(1, min(near, number) + 1)]
+        older = max(0, number - near)
+        score = np.empty((heads, older))
         for h in range(heads):
-            for b in range(number):
-                back = min(number - b, retrieval.near + 1)  # all older ones stand at one place
+            for b in range(older):  # all at one place, right behind the near ones
                 total = 0.0
                 for row in range(group.shared):
-                    distance = group.offsets[row] + back * self.stride - self.size
+                    distance = group.offsets[row] + (near + 1) * self.stride - self.size
                     turned = q[h, row] * np.exp(1j * distance * self.frequency)
                     total += (turned * landmarks[h, b].conj()).real.sum()
                 score[h, b] = total / group.shared
@@ -204,14 +205,7 @@ class Reference:
             score[:] = score.max(axis=0)
         chosen = []
         for h in range(heads):
-            best = sorted(range(number), key=lambda b: -score[h, b])[: retrieval.top_k]
-            places = []
-            older = retrieval.near
-            for b in sorted(best, reverse=True):
-                if number - b <= retrieval.near:
-                    places.append((b, number - b))
-                else:
-                    older += 1
-                    places.append((b, older))
-            chosen.append(places)
+            best = sorted(range(older), key=lambda b: -score[h, b])[:top_k]
+            found = sorted(best, reverse=True)
+            chosen.append(recent + [(b, near + 1 + i) for i, b in enumerate(found)])
         return chosen

@@ -28,7 +28,7 @@ from model.stream import Retrieval, Stream
 from model.transformer import Transformer
 
 NEAR = 1e-5
-SELECTIVE = Retrieval(top_k=2, near=2, segment=4)
+SELECTIVE = Retrieval(top_k=2, near=1, segment=4)
 BLOCK = 8
 
 
@@ -325,7 +325,7 @@ retrievals = st.builds(
 @example(reading=(75, [40, 5]), retrieval=Retrieval(40, 2, 4))
 @example(reading=(75, [40, 5]), retrieval=Retrieval(3, 0, 4))
 def test_selection_follows_its_rules(reading: tuple[int, list[int]], retrieval: Retrieval) -> None:
-    """Near blocks at their places, older ones scored at one and put behind in age order."""
+    """Near blocks always, at their places; older ones scored at one, put behind in age order."""
     length, cuts = reading
     text = text_of(length, seed=1)
     with opened(MODEL, retrieval, cold=None) as stream:
@@ -352,14 +352,14 @@ def test_the_rules_make_a_difference() -> None:
 
 
 def test_nothing_retrieved_is_the_window_alone() -> None:
-    """top_k 0 asks the store for nothing; of what lies before the own block only the few bytes that
-    the first embeddings know of have an effect."""
+    """Nothing near and nothing found asks the store for nothing; of what lies before the own block
+    only the few bytes that the first embeddings know of have an effect."""
     text, other = text_of(75), text_of(75, seed=5)
     model = make_model("r")
-    with opened(model, Retrieval(top_k=0, near=4, segment=8)) as stream:
+    with opened(model, Retrieval(top_k=0, near=0, segment=8)) as stream:
         logits = read_in(stream, text, [30])
         assert stream.store.stats.lookups == 0
-    with opened(model, Retrieval(top_k=0, near=4, segment=8)) as stream:
+    with opened(model, Retrieval(top_k=0, near=0, segment=8)) as stream:
         changed = read_in(stream, other[:69] + text[69:], [30])
     assert torch.equal(logits[72:], changed[72:])
 
@@ -401,7 +401,7 @@ def test_the_policy_hears_each_blocks_share_of_attention(cuts: list[int]) -> Non
     heard = [w for policy in made for w in policy.heard]
     expected = np.concatenate(reference.shares).sum()
     assert abs(np.concatenate(heard).sum() - expected) < NEAR * expected
-    last = np.concatenate(reference.shares[-2:])  # of both heads, three blocks each
+    last = np.concatenate(reference.shares[-2:])  # of both heads, five blocks each
     assert gap(np.sort(heard[-1]), np.sort(last)) < NEAR
 
 
@@ -422,7 +422,7 @@ TINY = [
 def test_where_blocks_lie_changes_no_bit(tiers: dict[str, Any]) -> None:
     """Three blocks a head and a hot tier that holds one selection: waves, and reads from disk."""
     text, cuts = text_of(40 * BLOCK + 5), [150, 3, 1, 1, 70]
-    retrieval = Retrieval(top_k=3, near=2, segment=2)
+    retrieval = Retrieval(top_k=2, near=1, segment=2)
     with opened(MODEL, retrieval) as stream:
         calm = read_in(stream, text, cuts)
         assert stream.store.stats.hot.hits == stream.store.stats.lookups
@@ -446,12 +446,15 @@ def test_where_blocks_lie_changes_no_bit(tiers: dict[str, Any]) -> None:
 
 
 def test_a_hot_tier_below_one_selection_is_refused_with_what_it_takes() -> None:
-    retrieval = Retrieval(top_k=3, near=2, segment=8)
-    with (
-        opened(MODEL, retrieval, hot=5 * BYTES) as stream,
-        pytest.raises(HotTierTooSmallError, match=r"\b6144 bytes"),  # six blocks
-    ):
+    retrieval = Retrieval(top_k=2, near=1, segment=8)
+    least = pytest.raises(HotTierTooSmallError, match=r"\b6144 bytes")  # six blocks
+    with least, opened(MODEL, retrieval, hot=5 * BYTES):
+        pass
+    with opened(MODEL, retrieval, hot=6 * BYTES) as stream:
         stream.read(tokens_of(text_of(200)))
+        with pytest.raises(HotTierTooSmallError):
+            stream.retrieval = replace(retrieval, top_k=3)
+        stream.read(tokens_of(text_of(9)))
 
 
 def test_a_full_store_says_so_and_what_was_read_before_stays() -> None:

@@ -40,9 +40,9 @@ class LandmarkAttention(nn.Module):
         """Attend over whole sequences with every past block, for training.
 
         distractors: that many blocks of *other* sequences of the batch join each block's past,
-        the ones its queries score highest, placed where inference places far blocks (behind the
-        `near` recent ones). A short training text has few blocks to be confused by; a million
-        tokens have many, and these stand for them (the idea is the cross-batch training of
+        those with the highest score at any of its queries, placed where inference places far blocks
+        (behind the `near` recent ones). A short training text has few blocks to be confused by; a
+        million tokens have many, and these stand for them (the idea is the cross-batch training of
         Tworkowski et al. 2023, arXiv 2307.03170). The loss stays the language model's.
         apart: blocks that are not to be distractors, because nothing tells them from what a text
         has itself. gating: see grouped_softmax_attention.
@@ -112,7 +112,7 @@ def _foreign_blocks(
     gating: float | Tensor,
     apart: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Choose for each block the `count` blocks of other sequences that its queries score highest.
+    """Choose for each block the `count` others that score highest at any one of its queries.
 
     Returns their tokens' logits [B, H, N, P, count * tokens] and values [B, H, N, X, D].
     """

@@ -113,8 +113,10 @@ def layer_by_formula(
                 far = [turned(q[b, h, n, p], p + (near + 1) * stride) for p in range(stride)]
                 pool = [(o, m) for o in range(batch) if o != b for m in range(blocks)]
                 pool = [om for om in pool if apart is None or not apart[om]]
-                mean = sum(far) / stride
-                score = {om: (mean @ turned(k[om[0], h, om[1], -1], tokens)).item() for om in pool}
+                score = {
+                    om: max((row @ turned(k[om[0], h, om[1], -1], tokens)).item() for row in far)
+                    for om in pool
+                }
                 best = sorted(sorted(pool, key=lambda om: -score[om])[:distractors])
                 mine = []
                 for rank, (o, m) in enumerate(best):

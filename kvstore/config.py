@@ -132,7 +132,7 @@ class IndexConfig:
     kind: str = "auto"
     m: int = 16
     ef_construction: int = 100
-    ef_search: int = 64
+    ef_search: int = 128
     segment: int = 4096
     seed: int = 0
     sample: int = 64

@@ -136,6 +136,28 @@ def test_scores_do_not_depend_on_pages_or_forks():
         assert torch.equal(a[1], b[1])
 
 
+def test_landmarks_that_have_much_in_common_are_found():
+    """As trained ones do: most of each is their mean, which no query points along."""
+    generator = torch.Generator().manual_seed(0)
+    dim = 64
+    common = torch.randn(dim, generator=generator)
+    landmarks = 8 * common / common.norm() + 0.25 * torch.randn(8192, dim, generator=generator)
+    queries = torch.randn(200, dim, generator=generator) / 8
+    config = IndexConfig(kind="hnsw", ef_search=256, sample=0)
+    index = LandmarkIndex(config, 1, dim)
+    index.add([0], landmarks[None])
+    index.wait()
+    numbers, scores = index.search([0], queries[None], 8)
+    assert index.stats.kind == "hnsw"
+    exact = LandmarkIndex(IndexConfig(kind="exact"), 1, dim)
+    exact.add([0], landmarks[None])
+    best, _ = exact.search([0], queries[None], 8)
+    found = (numbers[0, :, :, None] == best[0, :, None, :]).any(-1).float().mean()
+    assert found > 0.7  # by inner products alone: 0.07
+    own = (landmarks[numbers[0]] @ queries[:, :, None])[..., 0]
+    assert torch.allclose(own, scores[0], atol=1e-4)
+
+
 def test_gather():
     index = LandmarkIndex(IndexConfig(), 3, DIM)
     rows = torch.randn(3, 3000, DIM)
@@ -366,7 +388,7 @@ def test_unequal_streams():
 def test_auto_builds_what_single_queries_have_paid_for(monkeypatch):
     monkeypatch.setattr(cost, "BUILD", 1e-3)
     landmarks, query = torch.randn(8192, 128), torch.randn(1, 1, 128)
-    index = LandmarkIndex(IndexConfig(segment=4096, sample=0), 1, 128)
+    index = LandmarkIndex(IndexConfig(segment=4096, sample=0, ef_search=64), 1, 128)
     index.add([0], landmarks[None])
     kinds = []
     for _ in range(200):
@@ -375,7 +397,7 @@ def test_auto_builds_what_single_queries_have_paid_for(monkeypatch):
     first = kinds.index("hnsw")
     assert first > 1
     assert set(kinds[first:]) == {"hnsw"}
-    again = LandmarkIndex(IndexConfig(segment=4096, sample=0), 1, 128)
+    again = LandmarkIndex(IndexConfig(segment=4096, sample=0, ef_search=64), 1, 128)
     again.add([0], landmarks[None])
     for kind in kinds:
         again.search([0], query, 4)
@@ -395,7 +417,7 @@ def test_auto_prefers_exact_for_few_landmarks_and_for_many_queries():
 
 
 def test_a_fork_that_asks_for_segments_leaves_them_to_its_origin():
-    index = LandmarkIndex(IndexConfig(segment=4096), 1, DIM)
+    index = LandmarkIndex(IndexConfig(segment=4096, ef_search=64), 1, DIM)
     index.add([0], clustered(16384)[None])
     fork = index.fork()
     fork.wait()

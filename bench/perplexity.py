@@ -15,9 +15,12 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import multiprocessing
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +31,44 @@ from model import checkpoint
 from model.data import read_text
 from model.generate import PIECE
 from model.stream import Retrieval
+from model.transformer import Transformer
+
+FAR = 4096
+"""Bytes of context beyond which what does not search sees nothing more."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One target: `score` bytes from `place` on, behind length - score others."""
+
+    model: str
+    text: Path
+    way: Retrieval
+    length: int
+    place: int
+    score: int
+
+
+@cache
+def load(name: str) -> Transformer:
+    return checkpoint.load(name)
+
+
+@cache
+def load_text(path: Path) -> torch.Tensor:
+    return torch.from_numpy(read_text(path).copy())
+
+
+def bits(job: Job) -> float:
+    """Return the mean bits a byte of one target."""
+    text, place = load_text(job.text), job.place
+    with reading(load(job.model), job.length, (0.5, 1.0), job.way) as stream:
+        for at in range(place + job.score - job.length, place - 1, PIECE):
+            stream.read(text[at : min(at + PIECE, place - 1)])
+        stream.retrieval = replace(job.way, segment=1)
+        target = text[place - 1 : place + job.score]
+        logits = stream.score(target[:-1])
+    return float(F.cross_entropy(logits, target[1:].long())) / math.log(2)
 
 
 def main() -> None:
@@ -36,55 +77,56 @@ def main() -> None:
     parser.add_argument("--model", default="landmark")
     parser.add_argument("--corpus", type=Path, required=True)
     parser.add_argument("--text", default="great_expectations", help="the text's name")
-    parser.add_argument("--targets", type=int, default=24)
+    parser.add_argument("--targets", type=int, default=96)
     parser.add_argument("--score", type=int, default=256, help="bytes scored a target")
     parser.add_argument("--longest", type=int, default=64 * 1024)
-    parser.add_argument("--top-k", type=int, help="blocks a head fetches (default: the model's)")
+    parser.add_argument("--near", type=int, help="blocks always attended to (default: the model's)")
+    parser.add_argument(
+        "--top-k", type=int, help="older blocks a head finds (default: the model's)"
+    )
+    parser.add_argument("--jobs", type=int, default=2, help="targets at a time, a thread each")
     a = parser.parse_args()
-    model = checkpoint.load(a.model)
+    config = load(a.model).config
     path = next(p for p in a.corpus.iterdir() if p.name.split(".")[0] == a.text)
-    text = torch.from_numpy(read_text(path).copy())
-    k = a.top_k or model.config.top_k
-    base = Retrieval(k, model.config.near, model.config.segment)
+    near, k = a.near or config.near, a.top_k or config.top_k
+    base = Retrieval(k, near, config.segment)
     ways = {
         "retrieval": base,
         "window": replace(base, search=False),
         "k=0": replace(base, top_k=0, near=0),
     }
-    places = np.linspace(a.longest, len(text) - a.score, a.targets).astype(int)
+    places = np.linspace(a.longest, len(load_text(path)) - a.score, a.targets).astype(int)
     began = time.perf_counter()
-    rows: list[dict[str, object]] = []
     lengths = [512 * 2**i for i in range(20) if 512 * 2**i <= a.longest]
-    print(f"{'context':>8} " + " ".join(f"{name:>10}" for name in ways) + "   bits per byte")
-    for length in lengths:
-        row: dict[str, object] = {"context": length, "n": a.targets}
-        for name, way in ways.items():
-            if name != "retrieval" and length > 4096:
-                row[name] = rows[-1][name]  # these see nothing so far back
-                continue
-            nats = []
-            for place in places:
-                start = place + a.score - length
-                with reading(model, length, (0.5, 1.0), way) as stream:
-                    for at in range(start, place - 1, PIECE):
-                        stream.read(text[at : min(at + PIECE, place - 1)])
-                    stream.retrieval = replace(way, segment=1)
-                    target = text[place - 1 : place + a.score]
-                    logits = stream.score(target[:-1])
-                    nats.append(float(F.cross_entropy(logits, target[1:].long())))
-            row[name] = round(float(np.mean(nats)) / math.log(2), 4)
-            row[f"{name} deviation"] = round(float(np.std(nats)) / math.log(2), 4)
-        rows.append(row)
-        print(f"{length:>8} " + " ".join(f"{row[name]:>10.4f}" for name in ways), flush=True)
-    report = {
-        "bench": "perplexity",
-        "model": a.model,
-        "text": a.text,
-        "top_k": k,
-        "rows": rows,
-        "minutes": round((time.perf_counter() - began) / 60, 1),
-    }
-    print(json.dumps(report))
+    jobs = [
+        Job(a.model, path, way, length, int(place), a.score)
+        for length in lengths
+        for name, way in ways.items()
+        if name == "retrieval" or length <= FAR
+        for place in places
+    ]
+    print(f"{'context':>8} " + " ".join(f"{name:>10}" for name in ways), end="")
+    print(f"   bits per byte, n = {a.targets}; retrieval against window")
+    rows: list[dict[str, Any]] = []
+    scores: dict[str, np.ndarray] = {}
+    with multiprocessing.get_context("spawn").Pool(a.jobs, torch.set_num_threads, (1,)) as pool:
+        results = pool.imap(bits, jobs)
+        for length in lengths:
+            for name in ways:
+                if name == "retrieval" or length <= FAR:
+                    scores[name] = np.array([next(results) for _ in places])
+            gain = scores["retrieval"] - scores["window"]
+            error = float(gain.std(ddof=1) / math.sqrt(len(gain)))
+            row = {name: round(float(scores[name].mean()), 4) for name in ways}
+            rows.append(
+                {"context": length, "n": a.targets, **row}
+                | {"gain": round(float(gain.mean()), 4), "gain_error": round(error, 4)}
+            )
+            print(f"{length:>8} " + " ".join(f"{row[name]:>10.4f}" for name in ways), end="")
+            print(f"   {gain.mean():+.4f}, standard error {error:.4f}", flush=True)
+    report = {"bench": "perplexity", "model": a.model, "text": a.text, "near": near, "top_k": k}
+    minutes = round((time.perf_counter() - began) / 60, 1)
+    print(json.dumps(report | {"rows": rows, "minutes": minutes}))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from __future__ import annotations
 import gzip
 import re
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -163,13 +163,15 @@ _THINGS = (
 class Sample:
     """text: uint8 [length]; weight: float32 [length], of predicting that byte from those before.
 
-    said: bool [length], the bytes of needles, decoys, question and answer; answer: the digits.
+    said: bool [length], the bytes of needles, decoys, question and answer; answer: the digits;
+    passage: samples of a batch with the same number are one text, in order.
     """
 
     text: Bytes
     weight: NDArray[np.float32]
     said: NDArray[np.bool_]
     answer: slice | None
+    passage: int = -1
 
 
 class Tasks:
@@ -307,7 +309,14 @@ def _plain(text: Bytes, weight: NDArray[np.float32] | None = None) -> Sample:
     return Sample(text, weight, np.zeros(len(text), bool), None)
 
 
-def batch(tasks: Tasks, seed: int, step: int, count: int, length: int) -> list[Sample]:
-    """Draw step `step`'s samples."""
+def batch(
+    tasks: Tasks, seed: int, step: int, count: int, length: int, chain: int = 0
+) -> list[Sample]:
+    """Draw step `step`'s samples; the first `chain` of them are one passage of a text, in order."""
     rng = np.random.default_rng([seed, step])
-    return [tasks.sample(rng, length) for _ in range(count)]
+    samples = []
+    if chain:
+        passage = tasks.corpus.window(rng, chain * length).reshape(chain, length)
+        samples = [replace(_plain(text), passage=0) for text in passage]
+    others = (tasks.sample(rng, length) for _ in range(chain, count))
+    return samples + [replace(other, passage=i) for i, other in enumerate(others, 1)]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from model.layers import Rotary, merge_heads, rotate, split_heads
 
@@ -35,22 +36,27 @@ class LandmarkAttention(nn.Module):
         distractors: int = 0,
         near: int = 4,
         gating: float | Tensor = 1.0,
+        passage: Tensor | None = None,  # int64 [B]
         apart: Tensor | None = None,  # bool [B, N]
     ) -> Tensor:  # [B, N, P, width]
         """Attend over whole sequences with every past block, for training.
 
-        distractors: that many blocks of *other* sequences of the batch join each block's past,
-        those with the highest score at any of its queries, placed where inference places far blocks
-        (behind the `near` recent ones). A short training text has few blocks to be confused by; a
-        million tokens have many, and these stand for them (the idea is the cross-batch training of
-        Tworkowski et al. 2023, arXiv 2307.03170). The loss stays the language model's.
+        distractors: at most that many blocks of *other* sequences of the batch join each block's
+        past, placed where inference places far blocks (behind the `near` recent ones): those with
+        the highest score at any query of the block before. Its own queries would choose with
+        knowledge of the bytes that the first of them have to predict. A short training text has
+        few blocks to be confused by; a million tokens have many, and these stand for them (the idea
+        is the cross-batch training of Tworkowski et al. 2023, arXiv 2307.03170). The loss stays the
+        language model's.
+        passage: sequences with the same number are one text, in order; of these, each may have the
+        blocks of those before it and so learns what far blocks are good for.
         apart: blocks that are not to be distractors, because nothing tells them from what a text
         has itself. gating: see grouped_softmax_attention.
         """
         q, k, v = self.project(x)
         others = None
         if distractors:
-            others = _foreign_blocks(q, k, v, rotary, distractors, near, gating, apart)
+            others = _foreign_blocks(q, k, v, rotary, distractors, near, gating, passage, apart)
         blocks, stride = x.shape[-3], x.shape[-2]
         place = torch.arange(blocks * stride, device=x.device).view(blocks, stride)
         table = rotary.table(place, q.dtype)
@@ -110,9 +116,10 @@ def _foreign_blocks(
     count: int,
     near: int,
     gating: float | Tensor,
+    passage: Tensor | None,
     apart: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Choose for each block the `count` others that score highest at any one of its queries.
+    """Choose for each block up to `count` others by the queries of the block before.
 
     Returns their tokens' logits [B, H, N, P, count * tokens] and values [B, H, N, X, D].
     """
@@ -125,12 +132,17 @@ def _foreign_blocks(
     with torch.no_grad():
         shared = rotate(q, rotary.table(offsets + (near + 1) * stride, q.dtype))
         scores = torch.einsum("bhnpd,hmd->bhnpm", shared, pool_k[:, :, tokens]).amax(dim=-2)
-        own = torch.arange(batch, device=q.device).repeat_interleave(blocks)
-        same = own == torch.arange(batch, device=q.device)[:, None]
+        sequence = torch.arange(batch, device=q.device)
+        passage = sequence if passage is None else passage
+        same = passage[:, None] == passage  # [B, B]
+        earlier = same & (sequence[:, None] > sequence)
+        barred = (same & ~earlier).repeat_interleave(blocks, dim=1)
         if apart is not None:
-            same = same | apart.flatten()
-        scores = scores.masked_fill(same[:, None, None], float("-inf"))
-        chosen = scores.topk(count, dim=-1).indices.sort(dim=-1).values  # [B, H, N, count]
+            barred = barred | apart.flatten()
+        scores = F.pad(scores[:, :, :-1], (0, 0, 1, 0), value=float("-inf"))
+        best, chosen = scores.masked_fill(barred[:, None, None], float("-inf")).topk(count, dim=-1)
+        chosen = chosen.masked_fill(best.isneginf(), -1).sort(dim=-1).values  # [B, H, N, count]
+        absent = chosen < 0
     head = torch.arange(heads, device=q.device)[:, None, None]
     keys, values = pool_k[head, chosen], pool_v[head, chosen]  # [B, H, N, count, P or tokens, D]
     back = near + count - torch.arange(count, device=q.device)  # in age order, nearest last
@@ -139,4 +151,5 @@ def _foreign_blocks(
     scores = placed @ keys.transpose(-1, -2)  # [B, H, N, count, P, P]
     inside = scores[..., :tokens]
     logits = inside + gating * (scores[..., tokens] - inside.logsumexp(dim=-1))[..., None]
+    logits = logits.masked_fill(absent[..., None, None], float("-inf"))
     return logits.movedim(-3, -2).flatten(-2), values.flatten(-3, -2)

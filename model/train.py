@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from model import checkpoint
 from model.config import ModelConfig
-from model.data import Corpus, Tasks, batch, read_text
+from model.data import Corpus, Sample, Tasks, batch, read_text
 from model.landmark import LandmarkAttention
 from model.layers import rotate
 from model.transformer import Transformer
@@ -35,8 +35,8 @@ class Stage:
 
     gating: the landmarks' share in the attention (see grouped_softmax_attention) at the stage's
     end; it slides there from that of the stage before. distractors: see LandmarkAttention.forward;
-    lookalikes: whether needles of other samples may be distractors; needles, mentions, repeats,
-    gibberish: see Tasks.
+    chain: how many of the samples are one passage, each of which may retrieve from those before
+    it; needles, mentions, repeats, gibberish: see Tasks.
     """
 
     steps: int
@@ -44,7 +44,7 @@ class Stage:
     count: int
     gating: float = 1.0
     distractors: int = 0
-    lookalikes: bool = False
+    chain: int = 0
     needles: float = 0.5
     mentions: float = 0.4
     repeats: float = 0.5
@@ -55,9 +55,8 @@ CURRICULUM = (
     Stage(500, 256, 32, gating=0.0, needles=0.3, mentions=0.7, repeats=0.7, gibberish=0.5),
     Stage(1000, 256, 32, needles=0.3, mentions=0.6, repeats=0.7, gibberish=0.5),
     Stage(1000, 256, 32),
-    Stage(1750, 512, 16, distractors=4, lookalikes=True),
-    Stage(1550, 512, 16, distractors=6),
-    Stage(2500, 512, 16, distractors=8),
+    Stage(2500, 512, 16, distractors=4),
+    Stage(2000, 512, 16, distractors=8),
 )
 """The landmarks come in once the attention can copy: the paper too starts from a model that has
 learnt to attend. From the beginning with full gating, copying is not learnt in as many steps. No
@@ -105,19 +104,34 @@ def optimizers_of(model: Transformer, rate: float) -> list[torch.optim.Optimizer
     ]
 
 
+def tensors(
+    samples: list[Sample], block_size: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return a batch's texts, weights, passages and blocks set apart, as `loss_of` takes them."""
+    said = torch.from_numpy(np.stack([s.said for s in samples]))
+    parts = (
+        torch.from_numpy(np.stack([s.text for s in samples]).astype(np.int64)),
+        torch.from_numpy(np.stack([s.weight for s in samples])),
+        torch.tensor([s.passage for s in samples]),
+        said.unflatten(1, (-1, block_size)).any(dim=-1),
+    )
+    x, weight, passage, apart = (part.to(device) for part in parts)
+    return x, weight, passage, apart
+
+
 def loss_of(
     model: Transformer,
     text: Tensor,  # int64 [B, length]
     weight: Tensor,  # float32 [B, length]
     distractors: int = 0,
     gating: float | Tensor = 1.0,
-    said: Tensor | None = None,  # bool [B, length], bytes whose blocks are not to be distractors
+    passage: Tensor | None = None,  # int64 [B], see LandmarkAttention.forward
+    apart: Tensor | None = None,  # bool [B, length / block_size]
 ) -> Tensor:
     """Return the weighted mean cross entropy, nats a byte."""
-    shape = (-1, model.config.block_size)
-    apart = None if said is None else said.unflatten(1, shape).any(dim=-1)
+    blocks = text.unflatten(1, (-1, model.config.block_size))
     with torch.autocast(text.device.type, torch.bfloat16):
-        logits = model(text.unflatten(1, shape), distractors, gating, apart)
+        logits = model(blocks, distractors, gating, passage, apart)
     logits = logits.float().flatten(1, 2)[:, :-1]
     loss = F.cross_entropy(logits.flatten(0, 1), text[:, 1:].flatten(), reduction="none")
     weight = weight[:, 1:].flatten()
@@ -316,21 +330,15 @@ def train(arguments: argparse.Namespace) -> None:
         stage = stage_of(step, CURRICULUM)
         tasks.needles, tasks.mentions = stage.needles, stage.mentions
         tasks.repeats, tasks.gibberish = stage.repeats, stage.gibberish
-        samples = batch(tasks, arguments.seed, step, stage.count, stage.length)
+        samples = batch(tasks, arguments.seed, step, stage.count, stage.length, stage.chain)
         for optimizer, peak in zip(optimizers, peaks, strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, total, peak)
             optimizer.zero_grad(set_to_none=True)
-        x, w, said = (
-            torch.from_numpy(np.stack(rows)).to(device)
-            for rows in zip(
-                *((s.text.astype(np.int64), s.weight, s.said) for s in samples), strict=True
-            )
-        )
+        x, w, passage, apart = tensors(samples, model.config.block_size, device)
         # As a tensor, since every new number would be compiled anew.
         gating = torch.tensor(gating_at(step, CURRICULUM), device=device)
-        apart = said if stage.distractors and not stage.lookalikes else None
-        loss = loss_of(forward, x, w, stage.distractors, gating, apart)
+        loss = loss_of(forward, x, w, stage.distractors, gating, passage, apart)
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:

@@ -124,6 +124,7 @@ class Transformer(nn.Module):
         tokens: Tensor,  # int64 [B, N, block_size]
         distractors: int = 0,
         gating: float | Tensor = 1.0,
+        passage: Tensor | None = None,  # int64 [B]
         apart: Tensor | None = None,  # bool [B, N]
     ) -> Tensor:  # [B, N, P, width]
         """Run whole sequences densely; for the options see LandmarkAttention.forward."""
@@ -131,8 +132,9 @@ class Transformer(nn.Module):
         for layer in self.stack:
             inner = layer.attention_norm(x)
             if isinstance(layer.attention, LandmarkAttention):
-                near = self.config.near
-                x = x + layer.attention(inner, self.rotary, distractors, near, gating, apart)
+                x = x + layer.attention(
+                    inner, self.rotary, distractors, self.config.near, gating, passage, apart
+                )
             else:
                 x = x + layer.attention(inner, self.rotary)
             x = x + layer.mlp(layer.mlp_norm(x))
@@ -143,8 +145,9 @@ class Transformer(nn.Module):
         tokens: Tensor,  # int64 [B, N, block_size]
         distractors: int = 0,
         gating: float | Tensor = 1.0,
+        passage: Tensor | None = None,  # int64 [B]
         apart: Tensor | None = None,  # bool [B, N]
     ) -> Tensor:  # [B, N, block_size, 256]
         """Return next-byte logits; landmark rows predict nothing."""
-        x = self.hidden(tokens, distractors, gating, apart)[..., :-1, :]
+        x = self.hidden(tokens, distractors, gating, passage, apart)[..., :-1, :]
         return self.head(self.norm(x))

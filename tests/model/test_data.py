@@ -323,6 +323,19 @@ def test_a_batch_follows_from_seed_and_step(corpus: Corpus) -> None:
         assert not all(np.array_equal(a.text, b.text) for a, b in zip(first, other, strict=True))
 
 
+def test_a_chain_is_one_passage_in_order(corpus: Corpus) -> None:
+    samples = batch(Tasks(corpus), 1, 5, 8, 128, chain=3)
+    assert [s.passage for s in samples] == [0, 0, 0, 1, 2, 3, 4, 5]
+    passage = b"".join(s.text.tobytes() for s in samples[:3])
+    assert any(passage in text.tobytes() for text in corpus.texts)
+    for sample in samples[:3]:
+        assert (sample.weight == 1).all()
+        assert not sample.said.any()
+    for seed, step in ((1, 6), (2, 5)):
+        other = batch(Tasks(corpus), seed, step, 8, 128, chain=3)
+        assert not np.array_equal(other[0].text, samples[0].text)
+
+
 def test_training_never_reads_the_demos_text() -> None:
     """The library's source and the readings' haystacks stay unseen: nothing here can name them."""
     for module in (model.data, model.train):

@@ -44,7 +44,7 @@ def formula(
     """
     blocks, stride, dim = q.shape
     tokens = stride - 1
-    columns = blocks * tokens + (sum(len(o[1]) for o in others[0]) if others else 0)
+    columns = blocks * tokens + max(sum(len(o[1]) for o in own) for own in others or [[]])
     rows = []
     for own in range(blocks):
         for i in range(stride):
@@ -83,9 +83,11 @@ def layer_by_formula(
     distractors: int = 0,
     near: int = 4,
     gating: float = 1.0,
+    passage: list[int] | None = None,
     apart: Tensor | None = None,
 ) -> Tensor:
     """The whole layer, from its two weight matrices."""
+    passage = list(range(len(x))) if passage is None else passage
     batch, blocks, stride, width = x.shape
     heads, dim, tokens = layer.heads, width // layer.heads, stride - 1
     parts = [
@@ -110,9 +112,10 @@ def layer_by_formula(
             values = [v[b, h, :, :tokens].flatten(0, 1).expand(blocks, -1, -1)]
             extra = []
             for n in range(blocks) if distractors else []:
-                far = [turned(q[b, h, n, p], p + (near + 1) * stride) for p in range(stride)]
-                pool = [(o, m) for o in range(batch) if o != b for m in range(blocks)]
-                pool = [om for om in pool if apart is None or not apart[om]]
+                far = [turned(q[b, h, n - 1, p], p + (near + 1) * stride) for p in range(stride)]
+                allowed = [o for o in range(batch) if o < b or passage[o] != passage[b]]
+                pool = [(o, m) for o in allowed if o != b for m in range(blocks)]
+                pool = [om for om in pool if n and (apart is None or not apart[om])]
                 score = {
                     om: max((row @ turned(k[om[0], h, om[1], -1], tokens)).item() for row in far)
                     for om in pool
@@ -120,17 +123,19 @@ def layer_by_formula(
                 best = sorted(sorted(pool, key=lambda om: -score[om])[:distractors])
                 mine = []
                 for rank, (o, m) in enumerate(best):
-                    back = near + distractors - rank
+                    back = near + len(best) - rank
                     at = [turned(q[b, h, n, p], p + back * stride) for p in range(stride)]
                     keys = in_block(k[o, h, m])
                     column = torch.tensor((blocks + rank) * tokens)
                     mine.append((at, keys[:tokens], keys[tokens], column))
                 others.append(mine)
-                extra.append(torch.cat([v[o, h, m, :tokens] for o, m in best]))
+                empty = torch.zeros((distractors - len(best)) * tokens, dim, dtype=x.dtype)
+                extra.append(torch.cat([*(v[o, h, m, :tokens] for o, m in best), empty]))
             if distractors:
                 values.append(torch.stack(extra))
             weight = formula(placed(q[b, h]), placed(k[b, h]), others or None, gating)
-            out[b, :, :, h * dim : (h + 1) * dim] = weight @ torch.cat(values, dim=1)
+            given = weight.shape[-1]  # the rest are places for distractors that nobody took
+            out[b, :, :, h * dim : (h + 1) * dim] = weight @ torch.cat(values, dim=1)[:, :given]
     return out @ layer.out.weight.T
 
 
@@ -259,15 +264,35 @@ def test_layer_over_shapes(
     assert gap(layer(x, Rotary(4, 10000.0), distractors, near), expected) < NEAR
 
 
-def test_blocks_set_apart_are_no_distractors() -> None:
+@pytest.mark.parametrize("passage", [None, [0, 0, 1], [4, 4, 4], [0, 1, 0]])
+def test_who_may_have_which_blocks(passage: list[int] | None) -> None:
+    """None of those set apart; of its own passage only what comes before."""
     torch.manual_seed(0)
     layer = LandmarkAttention(8, heads=2).double()
     x = random(7, 3, 3, 4, 8)
-    apart = torch.tensor([[True, False, False], [False, True, True], [False, False, True]])
-    expected = layer_by_formula(layer, x, 2, near=2, apart=apart)
-    found = layer(x, Rotary(4, 10000.0), 2, near=2, apart=apart)
+    apart = torch.tensor([[True, False, False], [False, True, False], [False, False, True]])
+    expected = layer_by_formula(layer, x, 2, near=2, passage=passage, apart=apart)
+    numbers = None if passage is None else torch.tensor(passage)
+    found = layer(x, Rotary(4, 10000.0), 2, near=2, passage=numbers, apart=apart)
     assert gap(found, expected) < NEAR
     assert gap(layer(x, Rotary(4, 10000.0), 2, near=2), expected) > 1e-3
+
+
+def test_no_byte_knows_a_later_one_of_its_passage() -> None:
+    """Neither by attention nor by which blocks were chosen, in its own or an earlier sequence."""
+    torch.manual_seed(0)
+    layer = LandmarkAttention(8, heads=2).double()
+    for p in layer.parameters():
+        torch.nn.init.normal_(p, std=0.7)
+    rotary, passage = Rotary(4, 10000.0), torch.tensor([0, 0, 0])
+    x = random(7, 3, 5, 4, 8)
+    before = layer(x, rotary, 3, near=2, passage=passage)
+    for row in range(1, 60, 7):
+        changed = x.clone().flatten(0, 2)
+        changed[row:] = random(8, 60 - row, 8)
+        after = layer(changed.view_as(x), rotary, 3, near=2, passage=passage)
+        assert gap(after.flatten(0, 2)[:row], before.flatten(0, 2)[:row]) < NEAR
+        assert gap(after.flatten(0, 2)[row:], before.flatten(0, 2)[row:]) > 1e-3
 
 
 def test_without_gating_it_is_attention_over_all_tokens() -> None:

@@ -16,14 +16,14 @@ from safetensors.torch import load_file
 
 from model import checkpoint, train
 from model.config import ModelConfig
-from model.data import Tasks
+from model.data import Sample, Tasks
 from model.train import Stage, gating_at, learning_rate, loss_of, stage_of
 from model.transformer import Transformer
 
 SHIPPED = train.CURRICULUM
 CURRICULUM = (
     Stage(70, 128, 2, gating=0.5, needles=0.6, mentions=0.0),
-    Stage(50, 160, 2, distractors=1, needles=0.5, mentions=0.5),
+    Stage(50, 160, 3, distractors=1, chain=2, needles=0.5, mentions=0.5),
 )
 TINY = {"width": 16, "heads": 2, "layers": "lr", "mlp_width": 16, "top_k": 2}
 
@@ -112,7 +112,7 @@ def test_a_run_leaves_a_checkpoint_and_a_log(whole: argparse.Namespace) -> None:
     with safe_open(whole.out, framework="pt") as file:
         info = json.loads(file.metadata()["info"])
     assert info["corpus"] == ["learnt.txt"]  # what is held out was not trained on
-    assert (info["seed"], info["steps"], info["bytes"]) == (3, 120, 70 * 256 + 50 * 320)
+    assert (info["seed"], info["steps"], info["bytes"]) == (3, 120, 70 * 256 + 50 * 480)
 
 
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(
@@ -180,8 +180,8 @@ def test_each_stage_draws_its_own_mixture(arguments: argparse.Namespace) -> None
         with pytest.raises(StoppedError):
             train.train(arguments)
     assert [at for at, *_ in mixtures] == list(range(72))
-    assert mixtures[69] == (69, 0.6, 0.0, 2, 128)
-    assert mixtures[70] == (70, 0.5, 0.5, 2, 160)
+    assert mixtures[69] == (69, 0.6, 0.0, 2, 128, 0)
+    assert mixtures[70] == (70, 0.5, 0.5, 3, 160, 2)
 
 
 def test_wrong_corpora_are_refused(arguments: argparse.Namespace, tmp_path: Path) -> None:
@@ -241,21 +241,20 @@ def test_the_loss_counts_weights() -> None:
     assert loss_of(model, changed, only, 0).item() == pytest.approx(single)
 
 
-def test_blocks_with_needles_are_no_distractors() -> None:
-    torch.manual_seed(0)
-    model = Transformer(ModelConfig(**TINY))  # type: ignore[arg-type]
-    text, weight = torch.randint(0, 256, (3, 96)), torch.ones(3, 96)
-    seen: list[torch.Tensor | None] = []
-
-    def forward(*given: object) -> torch.Tensor:
-        seen.append(given[3])  # type: ignore[arg-type]
-        return model(*given)
-
-    forward.config = model.config  # type: ignore[attr-defined]
-    said = torch.zeros(3, 96, dtype=torch.bool)
+def test_blocks_that_speak_of_needles_are_set_apart() -> None:
+    said = np.zeros((3, 96), bool)
     said[1, 40] = said[2, 95] = True
-    loss_of(forward, text, weight, 2, 1.0, said)  # type: ignore[arg-type]
-    assert seen[0].int().tolist() == [[0, 0, 0], [0, 1, 0], [0, 0, 1]]  # type: ignore[union-attr]
+    text = np.arange(96, dtype=np.uint8)
+    samples = [
+        Sample(text + i, np.full(96, 0.5 * i, np.float32), row, None, passage=7 - i)
+        for i, row in enumerate(said)
+    ]
+    x, weight, passage, apart = train.tensors(samples, 32, torch.device("cpu"))
+    assert x.dtype == torch.int64
+    assert x[2].tolist() == list(range(2, 98))
+    assert weight[:, 0].tolist() == [0.0, 0.5, 1.0]
+    assert passage.tolist() == [7, 6, 5]
+    assert apart.int().tolist() == [[0, 0, 0], [0, 1, 0], [0, 0, 1]]
 
 
 @pytest.mark.slow

@@ -23,6 +23,8 @@ from kvstore.residency import ABSENT, HOT, Ids
 from kvstore.stats import StoreStats
 from kvstore.tiers.slots import Slots
 
+_NONE = np.empty(0, np.int64)
+
 
 class Pin:
     """Blocks held in hot for the length of a `with` statement.
@@ -122,41 +124,42 @@ class Lookups:
         """Pin distinct blocks of which some are not in hot. Returns their slots, in any order."""
         mover, hot = self._mover, self._mover.hot
         tiers = mover.residency.tiers(ids)
-        self._count_lookups(tiers)
-        self._recorder.note("fetch", ids, tiers)
-        self.require_present(ids, tiers)
-        held: Slots = mover.residency.hot[ids[tiers == HOT]].astype(np.int64)
-        missing = ids[tiers != HOT]
-        hot.pin(held)
+        in_hot, in_warm, in_cold, absent = np.bincount(tiers, minlength=ABSENT + 1).tolist()
+        self._stats.lookups += len(tiers)
+        self._stats.hot.hits += in_hot
+        self._stats.warm.hits += in_warm
+        self._stats.cold.hits += in_cold
+        self._stats.not_found += absent
+        if self._recorder.active:
+            self._recorder.note("fetch", ids, tiers)
+        if absent:
+            self.require_present(ids, tiers)
+        # Most often all are somewhere else, and then there is nothing to take apart.
+        held, missing = _NONE, ids
+        if in_hot:
+            above = tiers == HOT
+            held, missing = mover.residency.hot[ids[above]].astype(np.int64), ids[~above]
+            hot.pin(held)
         try:
             room = self.room(len(missing))
             if len(missing) > room:
                 raise self.too_small(self._mover.hot.slots - room + len(missing))
             with self._guard:
-                hot.policy.touch(held)
-                if self._prefetch is not None:
-                    self._prefetch.await_blocks(missing)
-                # Some may have come up by a prefetch while we waited.
-                arrived = mover.residency.hot[missing]
-                for slots in chain(
-                    (arrived[arrived >= 0].astype(np.int64),),
-                    mover.bring_up(missing[arrived < 0]),
-                ):
-                    hot.pin(slots)
-                    held = np.concatenate((held, slots))
+                if in_hot:
+                    hot.policy.touch(held)
+                arrived = _NONE
+                if self._prefetch is not None and self._prefetch.await_blocks(missing):
+                    places = mover.residency.hot[missing]
+                    arrived, missing = places[places >= 0].astype(np.int64), missing[places < 0]
+                for slots in chain((arrived,), mover.bring_up(missing)):
+                    if len(slots):
+                        hot.pin(slots)
+                        held = np.concatenate((held, slots)) if len(held) else slots
         except BaseException:
             hot.unpin(held)
             raise
         mover.use_early(held)
         return held
-
-    def _count_lookups(self, tiers: NDArray[np.uint8]) -> None:
-        hot, warm, cold, absent = np.bincount(tiers, minlength=ABSENT + 1).tolist()
-        self._stats.lookups += len(tiers)
-        self._stats.hot.hits += hot
-        self._stats.warm.hits += warm
-        self._stats.cold.hits += cold
-        self._stats.not_found += absent
 
     def require_present(self, ids: Ids, tiers: NDArray[np.uint8]) -> None:
         absent = ids[tiers == ABSENT]

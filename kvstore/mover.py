@@ -133,6 +133,10 @@ class Mover:
         where a block on disk is damaged; what came before it is in place.
         """
         in_warm = self.residency.warm[ids] >= 0
+        if in_warm.all():
+            if len(ids):
+                yield self.promote(ids)
+            return
         if in_warm.any():
             yield self.promote(ids[in_warm])
             ids = ids[~in_warm]
@@ -190,7 +194,7 @@ class Mover:
         left = sources[swapped:]
         copy_slots(self.warm_slab, left, self.hot_slab, free, self._hops)
         self.warm.spare[left] = True
-        slots = np.concatenate((stuck, free))
+        slots = np.concatenate((stuck, free)) if swapped else free
         self._arrive(ids, slots)
         self._stats.hot.promotions += len(ids)
         self._stats.warm.bytes_out += len(ids) * self._nbytes

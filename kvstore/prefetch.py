@@ -55,11 +55,14 @@ class Prefetch:
             self._crew.submit(job)
             self._stats.prefetch.issued += len(part)
 
-    def await_blocks(self, ids: Ids) -> None:
-        """Wait for those of these blocks that are on their way, and take them in."""
+    def await_blocks(self, ids: Ids) -> bool:
+        """Wait for those of these blocks that are on their way, and take them in: if there are."""
+        waited = False
         while self._jobs and self._mover.residency.reading[ids].any():
             self._jobs[0].wait()
             self.absorb()
+            waited = True
+        return waited
 
     def absorb(self) -> None:
         """Place what has been read in hot, as far as there is room beside what is pinned."""

@@ -55,8 +55,8 @@ CURRICULUM = (
     Stage(500, 256, 32, gating=0.0, needles=0.3, mentions=0.7, repeats=0.7, gibberish=0.5),
     Stage(1000, 256, 32, needles=0.3, mentions=0.6, repeats=0.7, gibberish=0.5),
     Stage(1000, 256, 32),
-    Stage(2500, 512, 16, distractors=4),
-    Stage(2000, 512, 16, distractors=8),
+    Stage(3000, 512, 16, distractors=4, chain=6, needles=0.6),
+    Stage(1500, 512, 16, distractors=8, chain=6, needles=0.6),
 )
 """The landmarks come in once the attention can copy: the paper too starts from a model that has
 learnt to attend. From the beginning with full gating, copying is not learnt in as many steps. No

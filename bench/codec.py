@@ -13,8 +13,8 @@ planes in memory.
 - low raw: the low bytes stored as they are, the high bytes of both tensors in one frame, level 1.
 - low raw, coded: the same, with the codec's own parameters: nearly Huffman coding alone.
 - codec: kvstore.codec, which is that with headers and checksums, verified.
-- disk: DiskTier.read and .write, of blocks in random order and in batches of 2 MiB; beside them
-  `LMDB + zstd`, the same frames got from an LMDB file, one a value, and decompressed, neither
+- disk: DiskTier.read and .write, of random blocks in ascending order, in batches of 2 MiB; beside
+  them `LMDB + zstd`, the same frames got from an LMDB file, one a value, and decompressed, neither
   verified nor merged nor kept; and the frames, compressed before, put into it.
 
 The last line is JSON.

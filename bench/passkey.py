@@ -3,7 +3,8 @@
 Every reading hides a new key at a new depth in text that was not trained on: the validation novel
 (with --corpus), library source, random words, in turn. The same reading is then asked twice more
 as a control: with no blocks retrieved (k = 0), and with the nearest blocks in place of a search
-(window only).
+(window only). At the shortest length the key is also said and asked for in other ways, and hidden
+in random bytes and in another alphabet's letters.
 
 python -m bench.passkey --model landmark --corpus texts
 """
@@ -16,6 +17,7 @@ import multiprocessing
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +64,15 @@ def fillers(corpus: str | None) -> dict[str, Callable[[int, int], bytes]]:
         "georgian": haystack.other_letters,
     }
     if corpus:
-        path = next(p for p in Path(corpus).iterdir() if p.name.startswith("moby_dick"))
-        made["novel"] = haystack.excerpt(read_text(path).tobytes())
+        made["novel"] = haystack.excerpt(read_text(_novel(corpus)).tobytes())
     return made
+
+
+def _novel(corpus: str) -> Path:
+    for path in Path(corpus).iterdir():
+        if path.name.startswith("moby_dick"):
+            return path
+    raise ValueError(f"no moby_dick.txt or moby_dick.txt.gz in {corpus}")
 
 
 def read_once(job: Job) -> dict[str, Any]:
@@ -132,19 +140,26 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="threads a reading")
     parser.add_argument("--seed", type=int, default=0)
     a = parser.parse_args()
-    kinds = ["novel", "source", "words"] if a.corpus else ["source", "words"]
+    try:
+        kinds = ["source", "words"]
+        if a.corpus:
+            _novel(a.corpus)
+            kinds.insert(0, "novel")
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    seeds = count(a.seed, 1000)
     jobs = [
-        Job(a.model, a.corpus, kinds[i % len(kinds)], "trained", tokens, a.seed + 1000 * i, True)
-        for tokens, count in LENGTHS
+        Job(a.model, a.corpus, kinds[i % len(kinds)], "trained", tokens, next(seeds), True)
+        for tokens, readings in LENGTHS
         if tokens <= a.longest
-        for i in range(max(1, round(count * a.scale)))
+        for i in range(max(1, round(readings * a.scale)))
     ]
     variants = [("source", phrase) for phrase in PHRASES if phrase != "trained"]
     variants += [("bytes", "trained"), ("georgian", "trained")]
     jobs += [
-        Job(a.model, a.corpus, filler, phrase, LENGTHS[0][0], a.seed + 7 + 1000 * i, False)
+        Job(a.model, a.corpus, filler, phrase, LENGTHS[0][0], next(seeds), False)
         for filler, phrase in variants
-        for i in range(a.variants)
+        for _ in range(a.variants)
     ]
     began = time.perf_counter()
     results: list[dict[str, Any]] = []

@@ -5,7 +5,8 @@ in the text, the --score bytes there, after the context - score bytes before the
 read as any text is, a selection a segment; the bytes that are scored are read with a selection a
 byte, as an answer is written. (A segment's shared selection knows its later bytes: it finds where
 they stood before, and the bits it saves so are not saved by predicting.) "window" attends as many
-of the nearest blocks as retrieval may fetch.
+of the nearest blocks as retrieval may fetch. What does not search sees no further than a thousand
+bytes or two; its rows beyond that repeat the last one that was scored.
 
 python -m bench.perplexity --corpus texts
 """
@@ -28,13 +29,11 @@ from torch.nn import functional as F
 
 from bench.reading import reading
 from model import checkpoint
+from model.config import ModelConfig
 from model.data import read_text
 from model.generate import PIECE
 from model.stream import Retrieval
 from model.transformer import Transformer
-
-FAR = 4096
-"""Bytes of context beyond which what does not search sees nothing more."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +46,12 @@ class Job:
     length: int
     place: int
     score: int
+
+
+def sight_of(config: ModelConfig, blocks: int) -> int:
+    """Return how many bytes back a model reaches whose retrieving layers see the nearest blocks."""
+    local = config.layers.count("l") * (config.window_blocks + 1)
+    return (local + config.retrieving * (blocks + 1)) * config.block_size + config.reach
 
 
 @cache
@@ -87,8 +92,13 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="targets at a time, a thread each")
     a = parser.parse_args()
     config = load(a.model).config
-    path = next(p for p in a.corpus.iterdir() if p.name.split(".")[0] == a.text)
-    near, k = a.near or config.near, a.top_k or config.top_k
+    paths = [p for p in a.corpus.iterdir() if p.name.split(".")[0] == a.text]
+    if not paths:
+        parser.error(f"no text named {a.text!r} in {a.corpus}")
+    path = paths[0]
+    near = config.near if a.near is None else a.near
+    k = config.top_k if a.top_k is None else a.top_k
+    sight = sight_of(config, near + k)
     base = Retrieval(k, near, config.segment)
     ways = {
         "retrieval": base,
@@ -102,7 +112,7 @@ def main() -> None:
         Job(a.model, path, way, length, int(place), a.score)
         for length in lengths
         for name, way in ways.items()
-        if name == "retrieval" or length <= FAR
+        if name == "retrieval" or length < 2 * sight
         for place in places
     ]
     print(f"{'context':>8} " + " ".join(f"{name:>10}" for name in ways), end="")
@@ -113,7 +123,7 @@ def main() -> None:
         results = pool.imap(bits, jobs)
         for length in lengths:
             for name in ways:
-                if name == "retrieval" or length <= FAR:
+                if name == "retrieval" or length < 2 * sight:
                     scores[name] = np.array([next(results) for _ in places])
             gain = scores["retrieval"] - scores["window"]
             error = float(gain.std(ddof=1) / math.sqrt(len(gain)))

@@ -38,8 +38,9 @@ def reading(
     config = model.config
     spec = BlockSpec.kv(config.block_size, config.head_dim, torch.bfloat16)
     total = cache_bytes(model, tokens)
-    # One piece of a text asks for at most this many blocks at once; below it there is no point.
-    least = config.heads * (config.near + config.top_k) * spec.nbytes
+    # Hot must hold what one selection asks for.
+    wanted = retrieval or config
+    least = config.heads * max(1, wanted.near + wanted.top_k) * spec.nbytes
     store_config = StoreConfig(
         hot=max(int(total * shares[0]), least),
         warm=int(total * shares[1]),

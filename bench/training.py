@@ -37,7 +37,7 @@ def main() -> None:
     for name in examined[-1]["margin"]:
         margin.plot(at, [e["margin"][name]["mean"][-1] for e in examined], "o-", label=name)
     margin.axhline(0, color="grey", lw=0.5)
-    margin.set_ylabel("mean margin against 2,048 blocks")
+    margin.set_ylabel("mean margin against 4,096 blocks")
     margin.set_xlabel("step")
     for earlier, line in itertools.pairwise(lines):
         if earlier["length"] != line["length"]:

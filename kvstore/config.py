@@ -159,12 +159,13 @@ class StoreConfig:
     device: of the hot tier: "auto" (CUDA where there is one), "cpu", "cuda" or "cuda:0".
     policy: the eviction order of hot and of warm: "lru", "sieve", or a callable that makes one for
         a number of slots (see kvstore.policy).
-    workers: background threads that compress, write and read ahead.
+    workers: background threads that compress and write; one more reads ahead.
     staging: bytes of host buffers for blocks on their way between disk and memory.
     trace: file that records every access (see docs/trace.md); None: none.
     index: how landmarks are searched.
 
-    A setting that makes no sense raises ValueError, here and nowhere later.
+    A setting that makes no sense raises ValueError here; that a tier holds at least one block is
+    known, and checked, when the store is made.
     """
 
     hot: Converted[int | str, int] = Converted(_capacity, "64MiB")

@@ -1,4 +1,4 @@
-"""The movement of blocks between tiers. The only file that copies blocks and changes tables.
+"""The movement of blocks between tiers, and the tables that say so.
 
 Owns the order in which the two happen. Where a block lies is residency's, what a slot holds
 occupancy's, the bytes are the tiers'. Never decides when to move: store, writer and prefetch do.

@@ -1,6 +1,6 @@
 """Which block lies in each slot of one memory tier. Owns pins, free slots and the eviction order.
 
-Never touches a byte, and never decides where a block goes: the store does.
+Never touches a byte, and never decides where a block goes: the mover does.
 """
 
 from __future__ import annotations

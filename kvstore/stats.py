@@ -31,7 +31,8 @@ class PrefetchStats:
 
     issued: prefetches of a block that did not lie in hot yet.
     used: those whose block was looked up while it still lay there.
-    wasted: those whose block left hot unused. Issued, but neither yet: it still waits there.
+    wasted: those whose block left hot unused, or found no room there. Issued, but neither yet: it
+        still waits there.
     """
 
     issued: int = 0

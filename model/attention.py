@@ -47,7 +47,7 @@ def block_attention(
     if few and gate is None and q.shape[2] == 1 and not (weighed or some_absent):
         # All blocks of a group as one: the softmax over them is the merge.
         together = (streams * groups, blocks * keys.shape[1], dim)
-        queries = q.view(-1, rows, dim)
+        queries = q.reshape(-1, rows, dim)
         out, lse = _attend_few(queries, k.view(together), v.view(together))
         whole = out.view(streams, groups, rows, dim), lse.view(streams, groups, rows)
         return (*(whole if local is None else _merge(whole, local)), None)

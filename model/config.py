@@ -1,4 +1,4 @@
-"""What a model of ours is made of: a frozen, validated configuration and the shipped presets."""
+"""What a model of ours is made of: a frozen, validated configuration."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class ModelConfig:
     """Sizes of a byte-level transformer whose upper layers retrieve.
 
     family: which attention the retrieving layers use.
-    width: size of the residual stream; heads * head_dim.
+    width: size of the residual stream; heads * head_dim. mlp_width: of the MLPs' hidden layers.
     layers: one letter a layer, from the input up: "l" local attention, "r" retrieving.
     reach: bytes that each place's embedding knows of: its own and those right before it.
     block_size: tokens of a block; the landmark token takes one position more.

@@ -73,7 +73,8 @@ def generate(stream: Stream, prompt: str, sampling: Sampling) -> Iterator[bytes]
             while given < len(written) - hold:
                 yield bytes(written[given : given + 1])
                 given += 1
-            logits = asker.read(torch.tensor([token]))
+            if len(written) < sampling.max_new_tokens:
+                logits = asker.read(torch.tensor([token]))
         while given < len(written):
             yield bytes(written[given : given + 1])
             given += 1

@@ -58,9 +58,8 @@ CURRICULUM = (
     Stage(3000, 512, 16, distractors=4, chain=6, needles=0.6),
     Stage(1500, 512, 16, distractors=8, chain=6, needles=0.6),
 )
-"""The landmarks come in once the attention can copy: the paper too starts from a model that has
-learnt to attend. From the beginning with full gating, copying is not learnt in as many steps. No
-needle can be told from another sample's, so these take the distractors' places for nothing."""
+"""The landmarks come in once the attention can copy. With full gating from the beginning, copying
+is not learnt in as many steps."""
 
 
 def stage_of(step: int, curriculum: tuple[Stage, ...]) -> Stage:
@@ -143,7 +142,7 @@ def examine(model: Transformer, held_out: np.ndarray, seed: int) -> dict[str, An
     """Measure on text not trained on: bits a byte, needles found, and the landmarks' margin.
 
     margin: for each retrieving layer and head, the score of the best block that holds the key
-    minus the best score of any of the other blocks, all scored at one place, as search does; the
+    minus the best score of any block of other texts, all scored at one place, as search does; the
     mean over the readings and the least of all, for more and more blocks. It falls slowly with
     the number of blocks and has to stay above zero up to where the model is to be used.
     """
@@ -247,6 +246,8 @@ def _margins(model: Transformer, filler: _Excerpts, samples: list[Any]) -> dict[
                 query = query * config.head_dim**-0.5
                 digits = bytes(sample.text[sample.answer])
                 gold = _blocks_with(bytes(sample.text[: at - 40]), digits, config.block_size)
+                if not gold:  # said right before it is asked for
+                    continue
                 best = (k[i, head, gold] @ query).max()
                 scores = pool[layer][head] @ query
                 rows.append([float(best - scores[:n].max()) for n in (64, 512, scores.shape[0])])

@@ -44,7 +44,7 @@ def add_shared(
         "--top-k",
         metavar="K",
         type=whole(1, 2**20),
-        help="blocks that each head fetches a token (default: the model's own)",
+        help="older blocks that each head finds, beside the near ones (default: the model's own)",
     )
     store = parser.add_argument_group("store (sizes like 64MiB or 1.5GB)")
     store.add_argument(

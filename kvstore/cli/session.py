@@ -56,7 +56,8 @@ class Session:
     """Reads one text and answers prompts on it. A context manager; not safe in two threads.
 
     args: of options.add_shared. Everything that can be wrong with them is found here, as
-    ValueError, before anything is read.
+    ValueError, or HotTierTooSmallError where hot holds less than a selection, before anything is
+    read.
     """
 
     def __init__(self, args: argparse.Namespace) -> None:

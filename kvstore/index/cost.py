@@ -1,8 +1,8 @@
 """What searching exactly, searching graphs, and building them cost, in microseconds on a CPU.
 
 Owns the constants, measured by bench/index.py (float32, D = 64, m = 16, ef_construction = 100, one
-thread of an AVX-512 core). Never looks at a clock: a choice that depended on one would make answers
-depend on it, because a graph is approximate.
+thread of an AVX-512 core); GRAPH_VISIT beside a model that decodes. Never looks at a clock: a
+choice that depended on one would make answers depend on it, because a graph is approximate.
 """
 
 from __future__ import annotations

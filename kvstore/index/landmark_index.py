@@ -124,15 +124,24 @@ class LandmarkIndex:
     def add(self, streams: slice | Sequence[int], landmarks: torch.Tensor) -> None:
         """Append landmarks [s, n, dim], of any float dtype, to each of s streams.
 
-        Raises ValueError for another shape or for numbers that are not finite, and adds nothing.
+        Raises ValueError for another shape or for numbers that are not finite; whatever is raised,
+        nothing is added.
         """
         self._check()
         rows = stream_numbers(streams, self.streams)
         values = self._floats("landmarks", landmarks, len(rows))
-        for i, stream in enumerate(rows):
-            self._pages.append(stream, values[i])
-            if self.config.kind == "hnsw":
-                self._segments.request(stream, self._pages.counts[stream])
+        counts = self._pages.counts
+        before = list(counts)
+        try:
+            for i, stream in enumerate(rows):
+                self._pages.append(stream, values[i])
+                if self.config.kind == "hnsw":
+                    self._segments.request(stream, counts[stream])
+        except BaseException:
+            counts[:] = before
+            for stream in rows:
+                self._segments.retract(stream, counts[stream])
+            raise
 
     def search(
         self,
@@ -176,8 +185,8 @@ class LandmarkIndex:
     def wait(self) -> None:
         """Build what single queries profit from, wait for it, and use it from now on.
 
-        Called between reading and answering, it makes the answers fast; they are the same whether
-        or not the thread had been at it before. Raises KVStoreError if building failed.
+        Worth it before many single queries. What they find is the same whether or not the thread
+        had been at it before. Raises KVStoreError if building failed.
         """
         self._check()
         counts = self._pages.counts

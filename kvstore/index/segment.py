@@ -52,14 +52,13 @@ class Segment:
     """
 
     def __init__(
-        self, config: IndexConfig, dim: int, start: int, stop: int, views: Sequence[torch.Tensor]
+        self, config: IndexConfig, start: int, stop: int, views: Sequence[torch.Tensor]
     ) -> None:
         self.start = start
         self.stop = stop
         self.error: Exception | None = None
         self._raised = False
         self._config = config
-        self._dim = dim
         self._views: Sequence[torch.Tensor] = views
         self._graph: hnswlib.Index | None = None
         self._done = threading.Event()

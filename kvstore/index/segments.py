@@ -59,6 +59,13 @@ class Segments:
             for start, stop in plan(count, self._config.segment):
                 self._get(stream, start, stop)
 
+    def retract(self, stream: int, count: int) -> None:
+        """Forget the segments that reach beyond `count` landmarks, none of which is in use."""
+        table = self._built[stream]
+        for key in [key for key in table if key[1] > count]:
+            del table[key]
+        self._requested[stream] = min(self._requested[stream], count)
+
     def settle(self, stream: int, count: int) -> None:
         """Use the segments of plan(count) from now on; wait for those that are not ready."""
         count -= count % self._config.segment
@@ -84,7 +91,7 @@ class Segments:
             if self._pages.device.type != "cpu":
                 # Here, in the order of the owner's stream; the builder's thread has its own.
                 views = [view.cpu() for view in views]
-            segment = Segment(self._config, self._pages.dim, start, stop, views)
+            segment = Segment(self._config, start, stop, views)
             table[start, stop] = segment
             self._builder.submit(segment)
         return segment

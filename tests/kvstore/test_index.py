@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import closing
 
 import hypothesis.strategies as st
 import numpy as np
@@ -546,12 +547,12 @@ def test_dropped_segments_are_not_built(monkeypatch):
     views = [torch.randn(DIM, 64)]
     stack = pages.stack
     monkeypatch.setattr("kvstore.index.segment.stack", lambda v: hold.wait() and stack(v))
-    kept = [Segment(SMALL_HNSW, DIM, 0, 64, views) for _ in range(2)]
+    kept = [Segment(SMALL_HNSW, 0, 64, views) for _ in range(2)]
     calls = []
     build = Segment.build
     monkeypatch.setattr(Segment, "build", lambda self, off: (calls.append(self), build(self, off)))
     built.submit(kept[0])
-    dropped = Segment(SMALL_HNSW, DIM, 0, 64, views)
+    dropped = Segment(SMALL_HNSW, 0, 64, views)
     built.submit(dropped)
     del dropped
     built.submit(kept[1])
@@ -575,6 +576,37 @@ def test_what_is_not_finite_is_refused(bad):
         index.search([0], rows, 1)
     rows[:] = 3e38  # finite, though their sum is not
     index.add([0], rows)
+
+
+@pytest.mark.parametrize("kind", ["exact", "hnsw"])
+def test_an_addition_that_is_cut_short_adds_nothing(kind, monkeypatch):
+    config = IndexConfig(kind=kind, segment=64)
+    first, second = clustered(200), clustered(300, seed=1)
+    with closing(LandmarkIndex(config, 2, DIM)) as index:
+        index.add([0, 1], torch.stack((first, first)))
+        append = index._pages.append
+
+        def interrupted(stream, rows):
+            append(stream, rows)
+            if stream == 1:
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(index._pages, "append", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                index.add([0, 1], torch.stack((second, second)))
+        assert index.length(0) == index.length(1) == 200
+        index.add([0, 1], torch.stack((second.flip(0), second)))
+        index.wait()
+        whole = torch.cat((first, second.flip(0))).numpy()
+        queries = clustered(8, seed=2)
+        found = index.search([0], queries[None], 4)
+        want, _ = reference(whole, queries.numpy(), 4)
+        if kind == "exact":
+            assert (found[0][0].numpy() == want).all()
+        else:
+            hits = [len(set(a) & set(b)) for a, b in zip(found[0][0].tolist(), want, strict=True)]
+            assert sum(hits) / want.size > 0.95
 
 
 def test_wrong_input_is_refused_in_one_line():

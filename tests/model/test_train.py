@@ -274,3 +274,24 @@ def test_the_examination_reports_bits_needles_and_margins() -> None:
     assert all(a <= b for a, b in zip(margin["least"], margin["mean"], strict=True))
     json.dumps(report)
     assert not math.isnan(sum(margin["mean"]))
+
+
+def test_a_needle_said_right_before_the_question_has_no_margin() -> None:
+    """No block before the question holds it, so there is nothing to compare."""
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(**TINY)).eval()  # type: ignore[arg-type]
+    text = np.frombuffer(b"It was the best of times, it was the worst of times. " * 60, np.uint8)
+    told, late = text[:512].copy(), text[:512].copy()
+    question = b" The pass key is 12345."
+    for sample, at in ((told, 100), (late, 400)):
+        sample[at : at + 24] = np.frombuffer(b" The pass key is 12345. ", np.uint8)
+        sample[424 : 424 + len(question)] = np.frombuffer(question, np.uint8)
+    answer = slice(441, 446)
+    samples = [
+        Sample(sample, np.ones(512, np.float32), np.zeros(512, bool), answer)
+        for sample in (told, late)
+    ]
+    held_out = train._Excerpts(text)
+    with torch.no_grad():
+        both = train._margins(model, held_out, samples)
+        assert both == train._margins(model, held_out, samples[:1])

@@ -7,7 +7,7 @@ tiers, and never looks at what a model means by its streams.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import count
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -15,13 +15,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
 
 from kvstore.block_map import BlockMap
 from kvstore.errors import StoreClosedError
 from kvstore.index import LandmarkIndex
-from kvstore.saved_context import SavedContext, saved_names
+from kvstore.saved_contexts import Manifest, Past, check_name, numbers_of
 from kvstore.streams import stream_numbers
 
 if TYPE_CHECKING:
@@ -35,9 +33,10 @@ class Context:
 
     Made by `Store.context`. With a name and in a store with a directory it is kept: `close` saves
     it, and the same name finds it again. All others are gone when they are closed, and what blocks
-    only they had with them. A context manager.
+    only they had with them. A context manager: left by an error it is as it was saved last.
 
-    `index` finds blocks by their landmarks, of landmark_dim numbers each.
+    `index` finds blocks by their landmarks, of landmark_dim numbers each. `fingerprint` says what
+    made the blocks; `info` is a dict of plain values to be kept with it, free for its owner's use.
     """
 
     def __init__(
@@ -45,24 +44,39 @@ class Context:
         store: Store,
         name: str | None = None,
         *,
-        streams: int,
-        landmark_dim: int,
+        streams: int | None = None,
+        landmark_dim: int | None = None,
+        fingerprint: str | None = None,
         origin: Context | None = None,
     ) -> None:
         """Reopen the context of this name if the store keeps one, otherwise begin an empty one.
 
+        streams, landmark_dim, fingerprint: of a new context; of a kept one they may be left out.
         origin: begin with this one's past instead; see `fork`. ValueError if the name is in use,
-        or what is kept has other streams, landmarks or blocks.
+        or what is kept has others; KeyError if streams are left out and none is kept.
         """
         if name is not None and name in store.contexts:
             raise ValueError(f"context {name!r} is open already")
+        if name is not None:
+            check_name(name)
         self.store: Store = store
         self.name = name
-        self.streams = streams
-        self.landmark_dim = landmark_dim
-        kept = name is not None and store.config.directory is not None
-        self._saved = SavedContext(store, name) if kept and name is not None else None
-        manifest = self._saved.manifest() if self._saved else None
+        self._kept = name is not None and store.config.directory is not None
+        manifest = store.kept.manifest(name) if self._kept and name is not None else None
+        if streams is None or landmark_dim is None:
+            if manifest is None:
+                raise KeyError(
+                    f"no context {name!r} is kept: a new one needs streams and landmarks"
+                )
+            streams, landmark_dim = manifest["streams"], manifest["landmark_dim"]
+        self.streams: int = streams
+        self.landmark_dim: int = landmark_dim
+        self.fingerprint = fingerprint or ""
+        self.info: dict[str, Any] = {}
+        # What of this context's past is in records already, in pieces that others may name too.
+        self._past: list[dict[str, Any]] = []
+        self._rest: list[int] = []
+        self._created: float | None = None
         self._closed = False
         if origin is not None:
             if manifest is not None:
@@ -72,6 +86,8 @@ class Context:
             self._open: list[torch.Tensor] = [plane.clone() for plane in origin._open]
             self._filled: list[int] = list(origin._filled)
             self._state: dict[str, torch.Tensor] = dict(origin._state)
+            self.fingerprint, self.info = origin.fingerprint, dict(origin.info)
+            self._past = list(origin._past)
         else:
             self.index = LandmarkIndex(store.config.index, streams, landmark_dim, store.device)
             self._map = BlockMap(streams)
@@ -82,18 +98,9 @@ class Context:
             self._filled = [0] * streams
             self._state = {}
             if manifest is not None:
-                self._restore(manifest)
+                self._restore(manifest, fingerprint)
         self._key: str | int = next(_scratch) if name is None else name
         store.contexts[self._key] = self
-
-    @classmethod
-    def load(cls, store: Store, name: str) -> Context:
-        """Reopen a kept context, with the streams it has. KeyError if there is none."""
-        kept = store.config.directory is not None
-        manifest = SavedContext(store, name).manifest() if kept else None
-        if manifest is None:
-            raise KeyError(f"no context {name!r} is kept")
-        return cls(store, name, streams=manifest["streams"], landmark_dim=manifest["landmark_dim"])
 
     def append(
         self,
@@ -240,51 +247,68 @@ class Context:
         )
 
     def save(self) -> None:
-        """Write to disk what is needed to go on after a restart. ValueError if it is not kept."""
+        """Write to disk what is needed to go on after a restart. ValueError if it is not kept.
+
+        What was saved before and has not changed is not written again.
+        """
         self._check()
-        if self._saved is None:
+        if not self._kept or self.name is None:
             raise ValueError("only a context with a name, in a store with a directory, is kept")
         self.store.flush()
-        manifest = {
+        counts = self._map.counts
+        manifest: Manifest = {
             "streams": self.streams,
             "landmark_dim": self.landmark_dim,
             "block": _describe(self.store),
-            "counts": self._map.counts.tolist(),
+            "fingerprint": self.fingerprint,
+            "info": self.info,
+            "counts": counts.tolist(),
             "filled": self._filled,
             "on_device": [name for name, t in self._state.items() if t.device.type != "cpu"],
+            "past": self._past,
         }
-        self._saved.write(manifest, self._parts())
+        if self._created is not None:
+            manifest["created"] = self._created
+        ids = np.split(self._map.ids(), np.cumsum(counts)[:-1])
+        past = Past(ids, [self.index.landmarks(stream) for stream in range(self.streams)])
+        rest = {f"open.{i}": plane for i, plane in enumerate(self._open)}
+        rest |= {f"state.{name}": tensor for name, tensor in self._state.items()}
+        rest |= {f"index.{name}": tensor for name, tensor in self.index.progress().items()}
+        self._note(self.store.kept.write(self.name, manifest, past, rest))
         self._map.mark_saved()
+        self.store.kept.sweep()
 
-    def _parts(self) -> Iterator[tuple[str, bytes]]:
-        yield "ids", save_tensors({"ids": torch.from_numpy(self._map.ids())})
-        for stream in range(self.streams):
-            rows = self.index.landmarks(stream).cpu().contiguous()
-            yield f"landmarks.{stream}", save_tensors({"landmarks": rows})
-        tensors = {f"open.{i}": plane for i, plane in enumerate(self._open)}
-        tensors |= {f"state.{name}": tensor for name, tensor in self._state.items()}
-        tensors |= {f"index.{name}": t for name, t in self.index.progress().items()}
-        yield "rest", save_tensors({name: t.cpu().contiguous() for name, t in tensors.items()})
+    def _note(self, manifest: Manifest) -> None:
+        self._past, self._rest = manifest["past"], manifest["rest"]
+        self._created = manifest["created"]
 
-    def _restore(self, manifest: dict[str, Any]) -> None:
-        assert self._saved is not None
+    def _restore(self, manifest: Manifest, fingerprint: str | None) -> None:
+        assert self.name is not None
         given = {
             "streams": self.streams,
             "landmark_dim": self.landmark_dim,
             "block": _describe(self.store),
         }
+        if fingerprint is not None:
+            given["fingerprint"] = fingerprint
         for key, value in given.items():
             if manifest[key] != value:
                 raise ValueError(
                     f"context {self.name!r} was kept with {key} {manifest[key]}, not {value}"
                 )
-        part = load_tensors(self._saved.part(manifest, "ids"))
-        self._map = BlockMap.load(np.asarray(manifest["counts"], np.int64), part["ids"].numpy())
-        for stream in range(self.streams):
-            part = load_tensors(self._saved.part(manifest, f"landmarks.{stream}"))
-            self.index.add([stream], part["landmarks"][None])
+        self.fingerprint, self.info = manifest["fingerprint"], manifest["info"]
+        self._note(manifest)
+        kept, counts = self.store.kept, np.asarray(manifest["counts"], np.int64)
+        ids: list[list[NDArray[np.int64]]] = [[] for _ in counts]
+        for piece in kept.past(self.name, manifest):
+            for s in range(self.streams):
+                if f"ids.{s}" in piece:
+                    ids[s].append(piece[f"ids.{s}"].numpy())
+                    self.index.add([s], piece[f"landmarks.{s}"][None])
+        parts = [part for of_stream in ids for part in of_stream]
+        self._map = BlockMap.load(counts, np.concatenate([np.empty(0, np.int64), *parts]))
         device = self._open[0].device
-        rest = load_tensors(self._saved.part(manifest, "rest"))
+        rest = kept.rest(self.name, manifest)
         self._open = [rest[f"open.{i}"].to(device) for i in range(len(self._open))]
         self._filled = manifest["filled"]
         self._state = {
@@ -293,16 +317,28 @@ class Context:
         }
         self.index.resume(_named(rest, "index."))
 
-    def close(self) -> None:
-        """Save it if it is kept, and end it. Closing again does nothing; forks live on."""
+    @property
+    def pieces(self) -> list[int]:
+        """The records that its last save, or that of what it was forked from, is made of."""
+        return numbers_of({"past": self._past, "rest": self._rest})
+
+    def block_ids(self) -> NDArray[np.int64]:
+        """Return the store's ids of all its blocks, stream after stream."""
+        return self._map.ids()
+
+    def close(self, *, save: bool = True) -> None:
+        """Save it if it is kept, and end it. Closing again does nothing; forks live on.
+
+        save: False leaves a kept context as it was saved last.
+        """
         if self._closed:
             return
         try:
-            if self._saved is None:
-                self.delete()
-            else:
+            if self._kept and save:
                 self.save()
                 self._map.release()
+            else:
+                self._drop()
         except StoreClosedError:
             pass  # what there was to do the store has done
         self._end()
@@ -310,24 +346,18 @@ class Context:
     def delete(self) -> None:
         """End it and forget it: its records, and its blocks that no other context has."""
         self._check()
-        if self._saved is not None:
-            self._saved.forget()
+        if self._kept and self.name is not None:
+            self._past, self._rest = [], []
+            self.store.kept.forget(self.name)
+        self._drop()
+
+    def _drop(self) -> None:
+        """End it without its blocks that nobody else has."""
         self._end()
         free, shared = self._map.release()
         if len(shared):
-            shared = shared[~np.isin(shared, self._kept_by_others())]
+            shared = shared[~np.isin(shared, self.store.kept.used_ids())]
         self.store.delete(np.concatenate((free, shared)))
-
-    def _kept_by_others(self) -> NDArray[np.int64]:
-        """Return the ids that other contexts have, open ones and those that are only saved."""
-        others = [context._map.ids() for context in self.store.contexts.values()]
-        if self.store.config.directory is not None:
-            for name in saved_names(self.store):
-                saved = SavedContext(self.store, name)
-                manifest = saved.manifest()
-                if manifest is not None and name not in self.store.contexts:
-                    others.append(load_tensors(saved.part(manifest, "ids"))["ids"].numpy())
-        return np.concatenate([np.empty(0, np.int64), *others])
 
     def _end(self) -> None:
         if self._closed:
@@ -345,7 +375,7 @@ class Context:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.close()
+        self.close(save=kind is None)
 
     def _check(self) -> None:
         if self._closed:

@@ -46,6 +46,7 @@ from kvstore.writer import Writer
 
 if TYPE_CHECKING:
     from kvstore.context import Context
+    from kvstore.saved_contexts import SavedContexts
 
 
 @dataclass(frozen=True)
@@ -262,16 +263,50 @@ class Store:
         if self._disk is not None:
             self._disk.sync()
 
-    def context(self, name: str | None = None, *, streams: int, landmark_dim: int) -> Context:
+    def context(
+        self,
+        name: str | None = None,
+        *,
+        streams: int | None = None,
+        landmark_dim: int | None = None,
+        fingerprint: str | None = None,
+    ) -> Context:
         """Begin the past of a token sequence, or go on with the one kept under this name.
 
-        A store with a directory keeps contexts that have a name. streams, landmark_dim: see
-        Context. ValueError if the name is in use, or what is kept is of another kind.
+        A store with a directory keeps contexts that have a name. For the rest see Context.
         """
         from kvstore.context import Context
 
         self._enter()
-        return Context(self, name, streams=streams, landmark_dim=landmark_dim)
+        return Context(
+            self, name, streams=streams, landmark_dim=landmark_dim, fingerprint=fingerprint
+        )
+
+    @property
+    def kept(self) -> SavedContexts:
+        """The contexts that are kept here, open or not: to list, fork, rename and delete."""
+        from kvstore.saved_contexts import SavedContexts
+
+        return SavedContexts(self)
+
+    def sweep(self) -> int:
+        """Delete the blocks that no context has, and return how many.
+
+        A process that is killed leaves what it had not saved. For stores whose blocks are all put
+        by contexts: what was put otherwise is deleted too.
+        """
+        self._enter()
+        self.kept.sweep()
+        present = self._mover.residency.present()
+        lost = present[~np.isin(present, self.kept.used_ids())]
+        self.delete(lost)
+        return len(lost)
+
+    def disk_bytes(self, ids: Ids) -> int:
+        """Bytes that blocks take on disk, compressed. ids: int64 [n], each of a block."""
+        self._enter()
+        locations = self._mover.residency.cold[ids]
+        return 0 if self._disk is None else self._disk.frame_bytes(locations[locations >= 0])
 
     def put_record(self, key: bytes, value: bytes | None) -> None:
         """Keep a small record beside the blocks; None forgets it."""
@@ -324,10 +359,11 @@ class Store:
             assert self._disk.used_bytes <= self._disk.capacity_bytes, "cold is over its budget"
         self.stats.check()
 
-    def close(self) -> None:
+    def close(self, *, save: bool = True) -> None:
         """Close the contexts, write what a kept store has not written yet, let go of everything.
 
-        Closing again does nothing. An error of the last writes is raised after all is closed.
+        save: False leaves kept contexts as they were saved last, as leaving `with` by an error
+        does. Closing again does nothing. An error of the last writes is raised after all is closed.
         """
         if self._closed:
             return
@@ -340,7 +376,7 @@ class Store:
             if self.config.directory is not None:
                 stack.callback(self.flush)
                 for context in self.contexts.values():
-                    stack.callback(context.close)
+                    stack.callback(context.close, save=save)
 
     def _end(self) -> None:
         self._closed = True
@@ -351,8 +387,8 @@ class Store:
     def __enter__(self) -> Store:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close(save=kind is None)
 
     # Who may call, and what happened meanwhile.
 

@@ -165,9 +165,7 @@ class DiskTier:
             ordered = np.unique(locations)
             if len(ordered) < len(locations):
                 raise KeyError("a block is to be deleted twice")
-            numbers, starts = np.unique(ordered >> _INDEX_BITS, return_index=True)
-            places = np.split(ordered & ((1 << _INDEX_BITS) - 1), starts[1:])
-            doomed = list(zip(numbers.tolist(), places, strict=True))
+            doomed = _by_pack(ordered)
             chunks = [
                 doomed[first : first + _MOST_PACKS] for first in range(0, len(doomed), _MOST_PACKS)
             ]
@@ -192,6 +190,15 @@ class DiskTier:
                 ids.append(members[live])
                 locations.append(int.from_bytes(key, "big") << _INDEX_BITS | live)
             return np.concatenate(ids), np.concatenate(locations)
+
+    def frame_bytes(self, locations: Locations) -> int:
+        """Return the bytes of blocks' frames. locations: int64 [n]."""
+        nbytes = 0
+        with self._snapshot(self._packs, buffers=True) as transaction:
+            for number, places in _by_pack(np.unique(locations)):
+                pack = memoryview(transaction.get(_key(number), b""))
+                nbytes += sum(len(_frame(pack, 4 * place)) for place in places.tolist())
+        return nbytes
 
     def frames(self) -> Iterator[tuple[int, bytes]]:
         """Yield the id and the frame of every block, unverified: for checks and measurements."""
@@ -657,6 +664,13 @@ def _pack(frames: Sequence[bytes]) -> bytes:
     table[0] = table.nbytes
     table[1:] = table.nbytes + np.cumsum([len(frame) for frame in frames])
     return b"".join((table.tobytes(), *frames))
+
+
+def _by_pack(locations: Locations) -> list[tuple[int, npt.NDArray[np.int64]]]:
+    """Divide sorted locations: the number of each pack and the places in it."""
+    numbers, starts = np.unique(locations >> _INDEX_BITS, return_index=True)
+    places = np.split(locations & ((1 << _INDEX_BITS) - 1), starts[1:])
+    return list(zip(numbers.tolist(), places, strict=False))
 
 
 def _frame(pack: memoryview, place: int) -> memoryview:

@@ -3,122 +3,26 @@
 from __future__ import annotations
 
 import time
-from contextlib import ExitStack
 
 import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
-
-from kvstore import saved_context
-from kvstore.block import BlockSpec, Plane
-from kvstore.block_map import BlockMap
-from kvstore.config import IndexConfig, StoreConfig
-from kvstore.context import Context
-from kvstore.errors import CorruptBlockError, KVStoreError, StoreClosedError, StoreFullError
-from kvstore.store import Store
-
-SIZE, DIM, LANDMARK = 4, 3, 5
-SPEC = BlockSpec(
-    (
-        Plane("keys", (SIZE, DIM), torch.bfloat16),
-        Plane("values", (SIZE, 2, DIM), torch.float32),
-        Plane("marks", (SIZE,), torch.int16),
-    )
+from twin import (
+    DIM,
+    LANDMARK,
+    SIZE,
+    SPEC,
+    Twin,
+    marks_of,
+    open_store,
+    past,
+    tokens,
 )
 
-
-EXACT = IndexConfig(kind="exact")
-
-
-def open_store(directory=None, index=EXACT, hot=1000, cold="64MiB") -> Store:
-    config = StoreConfig(
-        hot=hot * SPEC.nbytes,
-        warm=500 * SPEC.nbytes if cold else 1,
-        cold=cold,
-        directory=directory,
-        device="cpu",
-        index=index,
-    )
-    return Store(SPEC, config)
-
-
-@pytest.fixture
-def make_store():
-    """Make stores, and close them after the test."""
-    with ExitStack() as stack:
-        yield lambda *a, **given: stack.enter_context(open_store(*a, **given))
-
-
-def reopened(make_store, store: Store) -> Store:
-    store.check()
-    store.close()
-    return make_store(store.config.directory, store.config.index)
-
-
-def tokens(s: int, t: int, seed: int = 0) -> list[torch.Tensor]:
-    """Planes of t tokens for s streams; no two tokens are alike."""
-    generator = torch.Generator().manual_seed(seed)
-    return [
-        torch.randn(s, t, DIM, generator=generator).bfloat16(),
-        torch.randn(s, t, 2, DIM, generator=generator),
-        torch.randint(-999, 999, (s, t), generator=generator, dtype=torch.int16),
-    ]
-
-
-def marks_of(s: int, n: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(s, n, LANDMARK, generator=torch.Generator().manual_seed(seed))
-
-
-def past(context: Context, stream: int) -> list[torch.Tensor]:
-    """All tokens of a stream, from the store and the open block."""
-    n = context.sealed(stream)
-    ids = context.ids([stream], np.arange(n)[None])[0]
-    return [
-        torch.cat((blocks.flatten(0, 1), rest[0]))
-        for blocks, rest in zip(context.store.fetch(ids), context.open_block([stream]), strict=True)
-    ]
-
-
-def assert_past(context: Context, stream: int, want: list[torch.Tensor], landmarks) -> None:
-    assert context.tokens(stream) == len(want[0])
-    assert context.sealed(stream) == len(want[0]) // SIZE == context.index.length(stream)
-    for got, plane in zip(past(context, stream), want, strict=True):
-        assert torch.equal(got, plane)
-    assert torch.equal(context.index.landmarks(stream), landmarks)
-
-
-class Twin:
-    """A context beside what it should hold: lists that are never shared."""
-
-    def __init__(self, context: Context) -> None:
-        self.context = context
-        self.planes = [tokens(1, 0) for _ in range(context.streams)]
-        self.marks = [marks_of(1, 0)[0] for _ in range(context.streams)]
-        self.planes = [[p[0] for p in planes] for planes in self.planes]
-
-    def append(self, streams, t: int, seed: int) -> None:
-        context = self.context
-        planes = tokens(len(streams), t, seed)
-        sealed = (context.tokens(streams[0]) % SIZE + t) // SIZE
-        marks = marks_of(len(streams), sealed, seed)
-        context.append(streams, planes, marks if sealed or seed % 2 else None)
-        for i, s in enumerate(streams):
-            self.planes[s] = [
-                torch.cat((old, new[i])) for old, new in zip(self.planes[s], planes, strict=True)
-            ]
-            self.marks[s] = torch.cat((self.marks[s], marks[i]))
-
-    def fork(self) -> Twin:
-        twin = Twin(self.context.fork())
-        twin.planes = [list(p) for p in self.planes]
-        twin.marks = list(self.marks)
-        return twin
-
-    def check(self) -> None:
-        for s in range(self.context.streams):
-            assert_past(self.context, s, self.planes[s], self.marks[s])
+from kvstore.block_map import BlockMap
+from kvstore.errors import KVStoreError, StoreClosedError, StoreFullError
 
 
 @settings(max_examples=60, deadline=None)
@@ -384,196 +288,6 @@ def test_a_closed_context_is_of_no_use(make_store):
         with pytest.raises(StoreClosedError):
             use()
     store.context("name", streams=1, landmark_dim=LANDMARK)
-
-
-@pytest.mark.parametrize("kind", ["exact", "hnsw"])
-@pytest.mark.parametrize("piece", [100, 4 * 2**20])
-def test_reopening_gives_the_same_answers(make_store, tmp_path, monkeypatch, kind, piece):
-    monkeypatch.setattr(saved_context, "PIECE", piece)
-    index = IndexConfig(kind=kind, segment=64, ef_search=2)
-    store = make_store(tmp_path, index)
-    twin = Twin(store.context("a/b", streams=2, landmark_dim=LANDMARK))
-    twin.append([0, 1], 320 * SIZE + 2, 1)
-    twin.append([1], 2 * SIZE, 2)
-    twin.context.index.wait()
-    twin.append([0, 1], 20 * SIZE, 3)  # few: what is in use is still what was waited for
-    twin.context.set_state({"position": torch.tensor(7), "w": torch.randn(3, 2).T})
-    queries = marks_of(2, 1, seed=9)
-    want = twin.context.search([0, 1], queries, 6)
-    state = twin.context.get_state()
-    twin.context.close()
-
-    store = reopened(make_store, store)
-    context = store.context("a/b", streams=2, landmark_dim=LANDMARK)
-    twin.context = context
-    twin.check()
-    found = context.search([0, 1], queries, 6)
-    assert torch.equal(found[0], want[0])
-    assert torch.equal(found[1], want[1])
-    again = context.get_state()
-    assert again.keys() == state.keys()
-    assert all(torch.equal(again[name], state[name]) for name in state)
-    twin.append([0, 1], 5, 4)
-    fork = twin.fork()
-    twin.append([0, 1], 9, 5)
-    fork.append([0, 1], 10, 6)
-    twin.check()
-    fork.check()
-    fork.context.close()
-    context.close()
-    twin.context = Context.load(store, "a/b")
-    twin.check()
-    twin.context.delete()
-    assert not len(store)
-    assert not store.record_keys()
-
-
-def test_a_closing_store_keeps_what_has_a_name(make_store, tmp_path):
-    store = make_store(tmp_path)
-    twin = Twin(store.context("x", streams=2, landmark_dim=LANDMARK))
-    twin.append([0, 1], 9, 1)
-    scratch = twin.fork()
-    scratch.append([0, 1], 8, 2)
-    assert len(store) == 8
-    store = reopened(make_store, store)
-    with pytest.raises(StoreClosedError):
-        twin.context.get_state()
-    with pytest.raises(StoreClosedError):
-        scratch.context.get_state()
-    assert len(store) == 4
-    twin.context = Context.load(store, "x")
-    twin.check()
-
-
-def test_names_mean_nothing_in_a_temporary_store(make_store):
-    store = make_store()
-    context = store.context("x", streams=1, landmark_dim=LANDMARK)
-    context.append([0], tokens(1, 9), marks_of(1, 2))
-    context.close()
-    assert not len(store)
-    assert store.context("x", streams=1, landmark_dim=LANDMARK).tokens(0) == 0
-
-
-def test_an_empty_context_is_kept(make_store, tmp_path):
-    store = make_store(tmp_path)
-    store.context("empty", streams=2, landmark_dim=LANDMARK).close()
-    store = reopened(make_store, store)
-    assert saved_context.saved_names(store) == ["empty"]
-    context = Context.load(store, "empty")
-    assert context.tokens(0) == 0
-    with pytest.raises(KeyError, match="no context 'other'"):
-        Context.load(store, "other")
-    with pytest.raises(KeyError, match="no context 'other'"):
-        Context.load(make_store(), "other")
-
-
-def test_what_does_not_fit_the_kept_context_is_refused(make_store, tmp_path):
-    store = make_store(tmp_path)
-    store.context("x", streams=2, landmark_dim=LANDMARK).close()
-    with pytest.raises(ValueError, match="'x' was kept with streams 2, not 3"):
-        store.context("x", streams=3, landmark_dim=LANDMARK)
-    with pytest.raises(ValueError, match="kept with landmark_dim 5, not 4"):
-        store.context("x", streams=2, landmark_dim=4)
-    with pytest.raises(ValueError, match="'x' is kept already"):
-        store.context(streams=2, landmark_dim=LANDMARK).fork("x")
-    for name in ("", "n" * 301, "é" * 51):
-        with pytest.raises(ValueError, match="name has 1 to 300 bytes"):
-            store.context(name, streams=1, landmark_dim=LANDMARK)
-    key = b"context/x/manifest"
-    store.put_record(key, store.get_record(key).replace(b'"format": 1', b'"format": 2'))
-    with pytest.raises(ValueError, match="saved in format 2, this version reads format 1"):
-        store.context("x", streams=2, landmark_dim=LANDMARK)
-
-
-def test_a_lost_piece_is_noticed(make_store, tmp_path):
-    store = make_store(tmp_path)
-    store.context("x", streams=1, landmark_dim=LANDMARK).close()
-    store.put_record(b"context/x/0/rest/000000", None)
-    with pytest.raises(CorruptBlockError, match="lacks piece 0 of its rest"):
-        Context.load(store, "x")
-    assert not store.contexts
-
-
-def test_a_save_that_fails_leaves_the_last_one(make_store, tmp_path, monkeypatch):
-    store = make_store(tmp_path)
-    context = store.context("x", streams=1, landmark_dim=LANDMARK)
-    context.append([0], tokens(1, 9), marks_of(1, 2))
-    context.save()
-    context.append([0], tokens(1, 9), marks_of(1, 2))
-    put_record, left = store.put_record, 2
-
-    def fail(key, value):
-        nonlocal left
-        left -= 1
-        if left < 0:
-            raise StoreFullError("no room")
-        put_record(key, value)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(store, "put_record", fail)
-        with pytest.raises(StoreFullError):
-            context.close()
-    assert context.tokens(0) == 18
-    store.contexts.clear()
-    again = Context.load(store, "x")
-    assert again.tokens(0) == 9
-    assert len(past(again, 0)[0]) == 9
-    again.close()
-    assert all(key.startswith((b"context/x/1/", b"context/x/m")) for key in store.record_keys())
-
-
-def test_blocks_are_on_disk_before_a_save_names_them(make_store, tmp_path, monkeypatch):
-    store = make_store(tmp_path)
-    context = store.context("x", streams=1, landmark_dim=LANDMARK)
-    context.append([0], tokens(1, 40), marks_of(1, 10))
-    put_record, lacking = store.put_record, []
-
-    def put(key, value):
-        lacking.append(len(store) - store.usage()["cold"].blocks)
-        put_record(key, value)
-
-    monkeypatch.setattr(store, "put_record", put)
-    context.save()
-    assert lacking
-    assert not any(lacking)
-
-
-@pytest.mark.parametrize("order", ["fork first", "kept first", "reopened"])
-def test_kept_contexts_share_blocks(make_store, tmp_path, order):
-    store = make_store(tmp_path)
-    first = Twin(store.context("first", streams=1, landmark_dim=LANDMARK))
-    first.append([0], 10 * SIZE, 1)
-    second = Twin(first.context.fork("second"))
-    second.planes, second.marks = [list(p) for p in first.planes], list(first.marks)
-    scratch = first.fork()
-    second.append([0], 3 * SIZE, 2)
-    first.append([0], 2 * SIZE, 3)
-    scratch.append([0], SIZE, 4)
-    assert len(store) == 16
-    if order == "fork first":
-        scratch.context.close()
-        assert len(store) == 15
-        first.context.delete()
-    elif order == "kept first":
-        second.context.close()
-        first.context.close()
-        scratch.check()
-        scratch.context.close()
-        assert len(store) == 15
-        Context.load(store, "first").delete()
-        second.context = Context.load(store, "second")
-    else:
-        scratch.context.close()
-        first.context.close()
-        second.context.close()
-        store = reopened(make_store, store)
-        Context.load(store, "first").delete()
-        second.context = Context.load(store, "second")
-    assert len(store) == 13
-    second.check()
-    second.context.delete()
-    assert not len(store)
-    assert not store.record_keys()
 
 
 def test_a_map_takes_back_what_it_appended():

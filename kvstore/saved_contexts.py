@@ -1,0 +1,288 @@
+"""How kept contexts lie in a store's records: a manifest each, and pieces that they share.
+
+Owns the keys and the order of writing. Never looks at what a model means by anything.
+
+Keys are `context/NAME` and `piece/NUMBER`. A save writes new pieces, then the manifest that names
+them, then forgets the pieces that nobody names any more: what is read is always one whole save, the
+last that ended. Pieces of blocks never change, so forks name the same ones.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote, unquote
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+
+from kvstore.errors import CorruptBlockError
+
+if TYPE_CHECKING:
+    from kvstore.store import Store
+
+FORMAT = 2
+PIECE = 4 * 2**20
+"""Bytes of a piece at most, and about where pieces of blocks are left alone."""
+
+LONGEST_NAME = 300
+"""Bytes of a name in its key; LMDB's keys have at most 511."""
+
+_CONTEXT = b"context/"
+_PIECE = b"piece/"
+
+Manifest = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class KeptContext:
+    """What is known of a kept context without opening it.
+
+    tokens: of the longest stream. blocks: sealed ones, of all streams, shared ones included;
+    nbytes: theirs, uncompressed; disk_bytes: of their frames. fingerprint, info: as given when it
+    was made. created, saved: seconds since 1970, when it was first and last saved.
+    """
+
+    name: str
+    tokens: int
+    blocks: int
+    nbytes: int
+    disk_bytes: int
+    fingerprint: str
+    info: dict[str, Any]
+    created: float
+    saved: float
+
+
+class Past:
+    """The sealed blocks of a context, to be saved: which ids and landmarks, stream after stream.
+
+    ids: one int64 [blocks] a stream. landmarks: one float32 [blocks, dim] a stream.
+    """
+
+    def __init__(self, ids: Sequence[NDArray[np.int64]], landmarks: Sequence[torch.Tensor]) -> None:
+        self.ids = ids
+        self.landmarks = landmarks
+        self.counts = [len(of_stream) for of_stream in ids]
+
+    def piece(self, first: Sequence[int], last: Sequence[int]) -> bytes:
+        """Return the blocks first..last of each stream."""
+        tensors = {}
+        for s, (a, b) in enumerate(zip(first, last, strict=True)):
+            if a < b:
+                tensors[f"ids.{s}"] = torch.from_numpy(self.ids[s][a:b].copy())
+                tensors[f"landmarks.{s}"] = self.landmarks[s][a:b].cpu().contiguous()
+        return save_tensors(tensors)
+
+
+class SavedContexts:
+    """The kept contexts of one store, by name: `store.kept`."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def __contains__(self, name: str) -> bool:
+        return self._store.get_record(_key(name)) is not None
+
+    def names(self) -> list[str]:
+        """Return the names, sorted as their keys are."""
+        keys = self._store.record_keys(_CONTEXT)
+        return [unquote(key[len(_CONTEXT) :].decode()) for key in keys]
+
+    def manifest(self, name: str) -> Manifest | None:
+        """Return the manifest; None if there is none. ValueError if it is of another version."""
+        value = self._store.get_record(_key(name))
+        if value is None:
+            return None
+        manifest: Manifest = json.loads(value)
+        if manifest["format"] != FORMAT:
+            raise ValueError(
+                f"context {name!r} was saved in format {manifest['format']}, this version "
+                f"reads format {FORMAT}; delete it, or use the version that wrote it"
+            )
+        return manifest
+
+    def require(self, name: str) -> Manifest:
+        """Return the manifest; KeyError naming those there are if there is none."""
+        manifest = self.manifest(name)
+        if manifest is None:
+            raise KeyError(
+                f"no context {name!r} is kept; there are: {', '.join(self.names()) or '-'}"
+            )
+        return manifest
+
+    def describe(self, name: str) -> KeptContext:
+        """Return what is known of a context. KeyError if there is none."""
+        manifest = self.require(name)
+        spec, counts, filled = self._store.spec, manifest["counts"], manifest["filled"]
+        blocks = sum(counts)
+        return KeptContext(
+            name=name,
+            tokens=max(n * spec.block_size + f for n, f in zip(counts, filled, strict=True)),
+            blocks=blocks,
+            nbytes=blocks * spec.nbytes,
+            disk_bytes=self._store.disk_bytes(self.ids(name, manifest)),
+            fingerprint=manifest["fingerprint"],
+            info=manifest["info"],
+            created=manifest["created"],
+            saved=manifest["saved"],
+        )
+
+    def past(self, name: str, manifest: Manifest) -> Iterator[dict[str, torch.Tensor]]:
+        """Yield pieces of the sealed blocks, in order: `ids.S` and `landmarks.S` of streams S."""
+        for piece in manifest["past"]:
+            yield load_tensors(self._piece(name, piece["number"]))
+
+    def ids(self, name: str, manifest: Manifest) -> NDArray[np.int64]:
+        """Return the ids of all its blocks, stream after stream."""
+        streams: list[list[NDArray[np.int64]]] = [[] for _ in manifest["counts"]]
+        for piece in self.past(name, manifest):
+            for s, parts in enumerate(streams):
+                if f"ids.{s}" in piece:
+                    parts.append(piece[f"ids.{s}"].numpy())
+        return np.concatenate([np.empty(0, np.int64), *(p for parts in streams for p in parts)])
+
+    def rest(self, name: str, manifest: Manifest) -> dict[str, torch.Tensor]:
+        """Return the tensors that were saved beside the blocks."""
+        return load_tensors(b"".join(self._piece(name, number) for number in manifest["rest"]))
+
+    def write(
+        self, name: str, manifest: Manifest, past: Past, rest: dict[str, torch.Tensor]
+    ) -> Manifest:
+        """Save a context; return its manifest.
+
+        manifest: all but what this adds; its `past` are pieces that a save before left, of the
+        same blocks. Small ones at their end are joined with what is new, so that their number
+        grows like a logarithm until they are large.
+        """
+        number = self._next_number()
+        pieces: list[dict[str, Any]] = list(manifest["past"])
+        total = sum(past.counts)
+        while pieces:
+            first = pieces[-2]["stops"] if len(pieces) > 1 else [0] * len(past.counts)
+            size = sum(pieces[-1]["stops"]) - sum(first)
+            new = total - sum(pieces[-1]["stops"])
+            if not new or size > new or pieces[-1]["bytes"] > PIECE // 2:
+                break
+            pieces.pop()
+        stops = pieces[-1]["stops"] if pieces else [0] * len(past.counts)
+        width = 8 + 4 * past.landmarks[0].shape[1]
+        step = max(1, PIECE // (width * len(past.counts)))
+        while stops != past.counts:
+            last = [min(a + step, n) for a, n in zip(stops, past.counts, strict=True)]
+            value = past.piece(stops, last)
+            self._store.put_record(_piece_key(number), value)
+            pieces.append({"number": number, "stops": last, "bytes": len(value)})
+            stops, number = last, number + 1
+        value = save_tensors({k: t.detach().cpu().contiguous() for k, t in rest.items()})
+        numbers = []
+        for start in range(0, len(value), PIECE):
+            self._store.put_record(_piece_key(number), value[start : start + PIECE])
+            numbers.append(number)
+            number += 1
+        now = time.time()
+        done: Manifest = {"created": now, **manifest, "format": FORMAT, "saved": now}
+        done |= {"past": pieces, "rest": numbers}
+        self._put(name, done)
+        return done
+
+    def fork(self, name: str, new: str) -> None:
+        """Keep the same past, as it was saved last, under another name too; nothing is copied.
+
+        KeyError if there is no such context, ValueError if the new name is taken.
+        """
+        manifest = self.require(name)
+        self._require_free(new)
+        self._put(new, manifest | {"created": time.time()})
+
+    def rename(self, name: str, new: str) -> None:
+        """Give a context another name; errors as for `fork`, and ValueError if it is open."""
+        manifest = self.require(name)
+        self._require_closed(name)
+        self._require_free(new)
+        self._store.put_records({_key(new): _encode(manifest), _key(name): None})
+
+    def delete(self, name: str) -> None:
+        """Forget a context, and the blocks that no other has.
+
+        KeyError if there is no such context, ValueError if it is open.
+        """
+        ids = self.ids(name, self.require(name))
+        self._require_closed(name)
+        self.forget(name)
+        self._store.delete(ids[~np.isin(ids, self.used_ids())])
+
+    def forget(self, name: str) -> None:
+        """Remove a manifest, then the pieces that only it named."""
+        self._store.put_record(_key(name), None)
+        self.sweep()
+
+    def used_ids(self) -> NDArray[np.int64]:
+        """Return the ids that contexts have, open ones and those that are only kept."""
+        used = [context.block_ids() for context in self._store.contexts.values()]
+        for name in self.names():
+            used.append(self.ids(name, self.require(name)))
+        return np.concatenate([np.empty(0, np.int64), *used])
+
+    def sweep(self) -> None:
+        """Forget the pieces that no manifest and no open context names."""
+        named = {_piece_key(n) for c in self._store.contexts.values() for n in c.pieces}
+        for name in self.names():
+            named |= {_piece_key(n) for n in numbers_of(self.require(name))}
+        keys = self._store.record_keys(_PIECE)
+        self._store.put_records({key: None for key in keys if key not in named})
+
+    def _put(self, name: str, manifest: Manifest) -> None:
+        self._store.put_record(_key(name), _encode(manifest))
+
+    def _require_free(self, name: str) -> None:
+        if name in self or name in self._store.contexts:
+            raise ValueError(f"context {name!r} is kept already")
+
+    def _require_closed(self, name: str) -> None:
+        if name in self._store.contexts:
+            raise ValueError(f"context {name!r} is open: close it first")
+
+    def _piece(self, name: str, number: int) -> bytes:
+        try:
+            piece = self._store.get_record(_piece_key(number))
+        except CorruptBlockError as error:
+            raise CorruptBlockError(f"context {name!r}: {error}") from None
+        if piece is None:
+            raise CorruptBlockError(f"context {name!r} lacks its piece {number}")
+        return piece
+
+    def _next_number(self) -> int:
+        keys = self._store.record_keys(_PIECE)
+        return int(keys[-1][len(_PIECE) :]) + 1 if keys else 0
+
+
+def numbers_of(manifest: Manifest) -> list[int]:
+    """Return the numbers of the pieces that a manifest names."""
+    return [piece["number"] for piece in manifest["past"]] + list(manifest["rest"])
+
+
+def check_name(name: str) -> None:
+    """Raise ValueError where no context can have this name."""
+    nbytes = len(quote(name, safe=""))
+    if not 1 <= nbytes <= LONGEST_NAME:
+        raise ValueError(f"a context's name has 1 to {LONGEST_NAME} bytes, not {nbytes}")
+
+
+def _key(name: str) -> bytes:
+    check_name(name)
+    return _CONTEXT + quote(name, safe="").encode()
+
+
+def _piece_key(number: int) -> bytes:
+    return b"%s%012d" % (_PIECE, number)
+
+
+def _encode(manifest: Manifest) -> bytes:
+    return json.dumps(manifest).encode()

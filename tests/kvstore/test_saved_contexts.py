@@ -1,0 +1,416 @@
+"""Kept contexts as things in a store: listed, forked, renamed, deleted, swept."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+from twin import LANDMARK, SIZE, SPEC, Twin, marks_of, past, reopened, tokens
+
+from kvstore import saved_contexts
+from kvstore.config import IndexConfig
+from kvstore.errors import CorruptBlockError, StoreClosedError, StoreFullError
+
+
+def keep(store, name: str, t: int, seed: int = 1, **given) -> Twin:
+    twin = Twin(store.context(name, streams=2, landmark_dim=LANDMARK, **given))
+    twin.append([0, 1], t, seed)
+    return twin
+
+
+def test_what_is_known_without_opening(make_store, tmp_path):
+    store = make_store(tmp_path)
+    began = time.time()
+    twin = keep(store, "a", 9, fingerprint="abc")
+    twin.context.info["model"] = "m"
+    twin.context.append([1], tokens(1, 1), None)
+    twin.context.close()
+    keep(store, "b", 0).context.close()
+    store = reopened(make_store, store)
+    assert store.kept.names() == ["a", "b"]
+    a, b = (store.kept.describe(name) for name in store.kept.names())
+    assert (a.tokens, a.blocks, a.nbytes) == (10, 4, 4 * SPEC.nbytes)
+    assert (b.tokens, b.blocks, b.disk_bytes) == (0, 0, 0)
+    ids, locations = store._disk.scan()
+    frames = {block: len(frame) for block, frame in store._disk.frames()}
+    assert a.disk_bytes == sum(frames.values()) == store._disk.frame_bytes(locations)
+    assert store.disk_bytes(ids[:1]) == frames[ids[0]]
+    assert (a.fingerprint, a.info, b.info) == ("abc", {"model": "m"}, {})
+    assert began <= a.created <= a.saved <= b.created <= time.time()
+    assert "a" in store.kept
+    assert "c" not in store.kept
+    with pytest.raises(KeyError, match="no context 'c' is kept; there are: a, b"):
+        store.kept.describe("c")
+
+
+def test_another_makers_blocks_are_refused(make_store, tmp_path):
+    store = make_store(tmp_path)
+    keep(store, "x", 9, fingerprint="mine").context.close()
+    with pytest.raises(ValueError, match="'x' was kept with fingerprint mine, not yours"):
+        store.context("x", fingerprint="yours")
+    assert store.context("x", fingerprint="mine").fork().fingerprint == "mine"
+
+
+@pytest.mark.parametrize("first_to_go", ["a", "b"])
+def test_a_fork_on_disk_shares_everything(make_store, tmp_path, first_to_go):
+    store = make_store(tmp_path)
+    twin = keep(store, "a", 20)
+    twin.context.close()
+    records, blocks = store.record_keys(b"piece/"), len(store)
+    store.kept.fork("a", "b")
+    assert store.record_keys(b"piece/") == records
+    assert len(store) == blocks
+    store.kept.delete(first_to_go)
+    assert len(store) == blocks
+    other = "b" if first_to_go == "a" else "a"
+    assert store.kept.names() == [other]
+    store = reopened(make_store, store)
+    twin.context = store.context(other)
+    twin.check()
+    twin.context.close()
+    store.kept.delete(other)
+    assert not len(store)
+    assert not store.record_keys()
+
+
+def test_both_sides_of_a_fork_go_on(make_store, tmp_path):
+    store = make_store(tmp_path)
+    a = keep(store, "a", 20)
+    a.context.save()
+    store.kept.fork("a", "b")
+    b = a.fork()
+    b.context.close()
+    b.context = store.context("b")
+    a.append([0, 1], 9, 2)
+    b.append([0, 1], 11, 3)
+    a.context.close()
+    b.context.close()
+    store = reopened(make_store, store)
+    a.context, b.context = store.context("a"), store.context("b")
+    a.check()
+    b.check()
+    a.context.delete()
+    b.check()
+    b.context.delete()
+    assert not len(store)
+
+
+def test_names_change_and_are_taken(make_store, tmp_path):
+    store = make_store(tmp_path)
+    twin = keep(store, "a", 20)
+    with pytest.raises(ValueError, match="'a' is open already"):
+        keep(store, "b", 1).context.fork("a")
+    for change in (store.kept.rename, store.kept.fork):
+        with pytest.raises(KeyError, match="no context 'x'"):
+            change("x", "y")
+    twin.context.save()
+    for change in (lambda: store.kept.rename("a", "c"), lambda: store.kept.delete("a")):
+        with pytest.raises(ValueError, match="'a' is open"):
+            change()
+    twin.context.close()
+    for change in (store.kept.rename, store.kept.fork):
+        with pytest.raises(ValueError, match="'b' is kept already"):
+            change("a", "b")
+        with pytest.raises(ValueError, match="1 to 300 bytes"):
+            change("a", "")
+    store.kept.rename("a", "é/ 1")
+    assert store.kept.names() == ["é/ 1"]
+    twin.context = store.context("é/ 1")
+    twin.check()
+
+
+def test_many_small_saves_leave_few_pieces_and_write_little(make_store, tmp_path, monkeypatch):
+    monkeypatch.setattr(saved_contexts, "PIECE", 8000)
+    store = make_store(tmp_path)
+    twin = keep(store, "a", 0)
+    written, put_record = 0, store.put_record
+
+    def put(key, value):
+        nonlocal written
+        written += len(value or b"") * key.startswith(b"piece/")
+        put_record(key, value)
+
+    monkeypatch.setattr(store, "put_record", put)
+    most = 0
+    for i in range(200):
+        twin.append([0, 1], SIZE, i)
+        twin.context.save()
+        most = max(most, len(twin.context.pieces))
+    size = 200 * 2 * (8 + 4 * LANDMARK)
+    assert len(store.record_keys(b"piece/")) == len(twin.context.pieces) <= most <= 14
+    assert written < 20 * size + 200 * 1200  # each time what is new and the rest, not everything
+    store = reopened(make_store, store)
+    twin.context = store.context("a")
+    twin.check()
+
+
+def test_left_by_an_error_it_is_as_it_was_saved(make_store, tmp_path):
+    store = make_store(tmp_path)
+    twin = keep(store, "a", 20)
+    twin.context.close()
+    forks = []
+
+    def go_on_and_fail(context) -> None:
+        with context:
+            context.append([0], tokens(1, 8), marks_of(1, 2))
+            forks.append(context.fork("b"))
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        go_on_and_fail(store.context("a"))
+    assert len(store) == 12
+    forks.pop().close(save=False)
+    with pytest.raises(ZeroDivisionError):
+        go_on_and_fail(store.context("c", streams=1, landmark_dim=LANDMARK))
+    forks.pop().close(save=False)
+    assert len(store) == 10
+    assert store.kept.names() == ["a"]
+    twin.context = store.context("a")
+    twin.check()
+
+
+def test_a_store_left_by_an_error_saves_no_context(make_store, tmp_path):
+    store = make_store(tmp_path)
+    twin = keep(store, "a", 20)
+    twin.context.save()
+
+    def go_on_and_fail() -> None:
+        with store:
+            twin.context.append([0, 1], tokens(2, 9), marks_of(2, 2))
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        go_on_and_fail()
+    store = make_store(tmp_path)
+    assert len(store) == 10
+    twin.context = store.context("a")
+    twin.check()
+
+
+def test_what_a_killed_process_left_is_swept(make_store, tmp_path):
+    store = make_store(tmp_path)
+    kept = keep(store, "a", 20)
+    kept.context.close()
+    lost = keep(store, "lost", 33, 2)
+    lost.context.save()
+    lost.append([0, 1], 20, 3)
+    store.put_record(b"context/lost", None)  # as if it had been killed before the manifest
+    store.contexts.clear()
+    store = reopened(make_store, store)
+    open_one = keep(store, "open", 8)
+    assert store.sweep() == 2 * (53 // SIZE)
+    kept.context = store.context("a")
+    kept.check()
+    open_one.check()
+    assert store.sweep() == 0
+    store.check()
+
+
+def test_a_damaged_piece_names_the_context(make_store, tmp_path, monkeypatch):
+    store = make_store(tmp_path)
+    keep(store, "a", 20).context.close()
+    get_record = store.get_record
+
+    def get(key):
+        if key.startswith(b"piece/"):
+            raise CorruptBlockError("record is damaged")
+        return get_record(key)
+
+    monkeypatch.setattr(store, "get_record", get)
+    with pytest.raises(CorruptBlockError, match="context 'a': record is damaged"):
+        store.context("a")
+    assert not store.contexts
+
+
+# closing and keeping
+
+
+@pytest.mark.parametrize("kind", ["exact", "hnsw"])
+@pytest.mark.parametrize("piece", [100, 4 * 2**20])
+def test_reopening_gives_the_same_answers(make_store, tmp_path, monkeypatch, kind, piece):
+    monkeypatch.setattr(saved_contexts, "PIECE", piece)
+    index = IndexConfig(kind=kind, segment=64, ef_search=2)
+    store = make_store(tmp_path, index)
+    twin = Twin(store.context("a/b", streams=2, landmark_dim=LANDMARK))
+    twin.append([0, 1], 320 * SIZE + 2, 1)
+    twin.append([1], 2 * SIZE, 2)
+    twin.context.index.wait()
+    twin.append([0, 1], 20 * SIZE, 3)  # few: what is in use is still what was waited for
+    twin.context.set_state({"position": torch.tensor(7), "w": torch.randn(3, 2).T})
+    queries = marks_of(2, 1, seed=9)
+    want = twin.context.search([0, 1], queries, 6)
+    state = twin.context.get_state()
+    twin.context.close()
+
+    store = reopened(make_store, store)
+    context = store.context("a/b", streams=2, landmark_dim=LANDMARK)
+    twin.context = context
+    twin.check()
+    found = context.search([0, 1], queries, 6)
+    assert torch.equal(found[0], want[0])
+    assert torch.equal(found[1], want[1])
+    again = context.get_state()
+    assert again.keys() == state.keys()
+    assert all(torch.equal(again[name], state[name]) for name in state)
+    twin.append([0, 1], 5, 4)
+    fork = twin.fork()
+    twin.append([0, 1], 9, 5)
+    fork.append([0, 1], 10, 6)
+    twin.check()
+    fork.check()
+    fork.context.close()
+    context.close()
+    twin.context = store.context("a/b")
+    twin.check()
+    twin.context.delete()
+    assert not len(store)
+    assert not store.record_keys()
+
+
+def test_a_closing_store_keeps_what_has_a_name(make_store, tmp_path):
+    store = make_store(tmp_path)
+    twin = Twin(store.context("x", streams=2, landmark_dim=LANDMARK))
+    twin.append([0, 1], 9, 1)
+    scratch = twin.fork()
+    scratch.append([0, 1], 8, 2)
+    assert len(store) == 8
+    store = reopened(make_store, store)
+    with pytest.raises(StoreClosedError):
+        twin.context.get_state()
+    with pytest.raises(StoreClosedError):
+        scratch.context.get_state()
+    assert len(store) == 4
+    twin.context = store.context("x")
+    twin.check()
+
+
+def test_names_mean_nothing_in_a_temporary_store(make_store):
+    store = make_store()
+    context = store.context("x", streams=1, landmark_dim=LANDMARK)
+    context.append([0], tokens(1, 9), marks_of(1, 2))
+    context.close()
+    assert not len(store)
+    assert store.context("x", streams=1, landmark_dim=LANDMARK).tokens(0) == 0
+
+
+def test_an_empty_context_is_kept(make_store, tmp_path):
+    store = make_store(tmp_path)
+    store.context("empty", streams=2, landmark_dim=LANDMARK).close()
+    store = reopened(make_store, store)
+    assert store.kept.names() == ["empty"]
+    context = store.context("empty")
+    assert context.tokens(0) == 0
+    with pytest.raises(KeyError, match="no context 'other'"):
+        store.context("other")
+    with pytest.raises(KeyError, match="no context 'other'"):
+        make_store().context("other")
+
+
+def test_what_does_not_fit_the_kept_context_is_refused(make_store, tmp_path):
+    store = make_store(tmp_path)
+    store.context("x", streams=2, landmark_dim=LANDMARK).close()
+    with pytest.raises(ValueError, match="'x' was kept with streams 2, not 3"):
+        store.context("x", streams=3, landmark_dim=LANDMARK)
+    with pytest.raises(ValueError, match="kept with landmark_dim 5, not 4"):
+        store.context("x", streams=2, landmark_dim=4)
+    with pytest.raises(ValueError, match="'x' is kept already"):
+        store.context(streams=2, landmark_dim=LANDMARK).fork("x")
+    for name in ("", "n" * 301, "é" * 51):
+        with pytest.raises(ValueError, match="name has 1 to 300 bytes"):
+            store.context(name, streams=1, landmark_dim=LANDMARK)
+    key = b"context/x"
+    store.put_record(key, store.get_record(key).replace(b'"format": 2', b'"format": 3'))
+    with pytest.raises(ValueError, match="saved in format 3, this version reads format 2"):
+        store.context("x", streams=2, landmark_dim=LANDMARK)
+
+
+def test_a_lost_piece_is_noticed(make_store, tmp_path):
+    store = make_store(tmp_path)
+    store.context("x", streams=1, landmark_dim=LANDMARK).close()
+    store.put_record(b"piece/000000000000", None)
+    with pytest.raises(CorruptBlockError, match="'x' lacks its piece 0"):
+        store.context("x")
+    assert not store.contexts
+
+
+def test_a_save_that_fails_leaves_the_last_one(make_store, tmp_path, monkeypatch):
+    store = make_store(tmp_path)
+    context = store.context("x", streams=1, landmark_dim=LANDMARK)
+    context.append([0], tokens(1, 9), marks_of(1, 2))
+    context.save()
+    context.append([0], tokens(1, 9), marks_of(1, 2))
+    put_record, left = store.put_record, 2
+
+    def fail(key, value):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise StoreFullError("no room")
+        put_record(key, value)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "put_record", fail)
+        with pytest.raises(StoreFullError):
+            context.close()
+    assert context.tokens(0) == 18
+    store.contexts.clear()
+    again = store.context("x")
+    assert again.tokens(0) == 9
+    assert len(past(again, 0)[0]) == 9
+    again.close()
+    assert len(store.record_keys(b"piece/")) == 2
+
+
+def test_blocks_are_on_disk_before_a_save_names_them(make_store, tmp_path, monkeypatch):
+    store = make_store(tmp_path)
+    context = store.context("x", streams=1, landmark_dim=LANDMARK)
+    context.append([0], tokens(1, 40), marks_of(1, 10))
+    put_record, lacking = store.put_record, []
+
+    def put(key, value):
+        lacking.append(len(store) - store.usage()["cold"].blocks)
+        put_record(key, value)
+
+    monkeypatch.setattr(store, "put_record", put)
+    context.save()
+    assert lacking
+    assert not any(lacking)
+
+
+@pytest.mark.parametrize("order", ["fork first", "kept first", "reopened"])
+def test_kept_contexts_share_blocks(make_store, tmp_path, order):
+    store = make_store(tmp_path)
+    first = Twin(store.context("first", streams=1, landmark_dim=LANDMARK))
+    first.append([0], 10 * SIZE, 1)
+    second = Twin(first.context.fork("second"))
+    second.planes, second.marks = [list(p) for p in first.planes], list(first.marks)
+    scratch = first.fork()
+    second.append([0], 3 * SIZE, 2)
+    first.append([0], 2 * SIZE, 3)
+    scratch.append([0], SIZE, 4)
+    assert len(store) == 16
+    if order == "fork first":
+        scratch.context.close()
+        assert len(store) == 15
+        first.context.delete()
+    elif order == "kept first":
+        second.context.close()
+        first.context.close()
+        scratch.check()
+        scratch.context.close()
+        assert len(store) == 15
+        store.context("first").delete()
+        second.context = store.context("second")
+    else:
+        scratch.context.close()
+        first.context.close()
+        second.context.close()
+        store = reopened(make_store, store)
+        store.context("first").delete()
+        second.context = store.context("second")
+    assert len(store) == 13
+    second.check()
+    second.context.delete()
+    assert not len(store)
+    assert not store.record_keys()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from itertools import count
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from kvstore.block_map import BlockMap
+from kvstore.config import IndexConfig
 from kvstore.errors import StoreClosedError
 from kvstore.index import LandmarkIndex
 from kvstore.saved_contexts import Manifest, Past, check_name, numbers_of
@@ -89,7 +91,8 @@ class Context:
             self.fingerprint, self.info = origin.fingerprint, dict(origin.info)
             self._past = list(origin._past)
         else:
-            self.index = LandmarkIndex(store.config.index, streams, landmark_dim, store.device)
+            index = IndexConfig(**manifest["index"]) if manifest else store.config.index
+            self.index = LandmarkIndex(index, streams, landmark_dim, store.device)
             self._map = BlockMap(streams)
             self._open = [
                 torch.zeros((streams, *plane.shape), dtype=plane.dtype, device=store.device)
@@ -262,6 +265,7 @@ class Context:
             "block": _describe(self.store),
             "fingerprint": self.fingerprint,
             "info": self.info,
+            "index": asdict(self.index.config),
             "counts": counts.tolist(),
             "filled": self._filled,
             "on_device": [name for name, t in self._state.items() if t.device.type != "cpu"],

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -23,6 +25,20 @@ def save(model: Transformer, path: Path, info: dict[str, Any]) -> None:
     weights = {name: t.detach().contiguous() for name, t in model.state_dict().items()}
     save_file(weights, partial, metadata=header)
     partial.replace(path)
+
+
+def fingerprint(model: Transformer) -> str:
+    """Return a digest of a model's configuration and weights: 32 hexadecimal digits."""
+    digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()[:32]
+
+
+def full_name(name: str) -> str:
+    """Return a name that `load` understands from any folder: a shipped one, or the whole path."""
+    return name if (SHIPPED / f"{name}.safetensors").is_file() else str(Path(name).resolve())
 
 
 def load(name: str) -> Transformer:

@@ -40,21 +40,24 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
         default=0.5,
         help="where the key is hidden: 0 is the beginning, 1 the end (default: 0.5)",
     )
+    options.add_directory(parser)
     # Together under a fifth of the GiB of cache that a million tokens take, so the disk serves.
-    options.add_shared(parser, hot="32MiB", warm="128MiB", stop=(".",))
+    options.add_model(parser)
+    options.add_store(parser, hot="32MiB", warm="128MiB")
+    options.add_answer(parser, stop=(".",))
     parser.set_defaults(main=main)
 
 
 def main(args: argparse.Namespace) -> int:
     """Do what the command line says and return the exit code."""
     from kvstore.cli.screen import Screen
-    from kvstore.cli.session import opened
+    from kvstore.cli.session import begin, opened
     from model.data import needle
     from model.haystack import hide, source_text
 
     with checking_input():
         haystack = hide(source_text, args.tokens, args.seed, args.depth)
-    with opened(args) as session:
+    with opened(args, begin) as session:
         screen = Screen(args.json)
         place = haystack.text.index(needle(haystack.number).encode())
         screen.say(

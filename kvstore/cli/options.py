@@ -1,4 +1,4 @@
-"""The options that `run` and `demo` share, and the settings they become.
+"""The options that commands share, and the settings they become.
 
 Owns names, defaults and help texts. Never opens or allocates anything.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from kvstore.cli.usage import number, share, text, whole
+from kvstore.cli.usage import number, share, text, whole, words
 from kvstore.policy import POLICIES
 
 if TYPE_CHECKING:
@@ -23,10 +23,8 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         super().__init__(prog, max_help_position=28, width=96)
 
 
-def add_shared(
-    parser: argparse.ArgumentParser, *, hot: str, warm: str, stop: tuple[str, ...]
-) -> None:
-    """Add the options of every command that reads a text and answers; defaults are given."""
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say which model reads, and how."""
     model = parser.add_argument_group("model")
     model.add_argument(
         "--model",
@@ -35,41 +33,34 @@ def add_shared(
         help="a shipped model or a checkpoint's path (default: landmark)",
     )
     model.add_argument(
-        "--device",
-        metavar="DEVICE",
-        default="auto",
-        help="auto, cpu or cuda: where the model runs and hot lies (default: auto)",
-    )
-    model.add_argument(
         "--top-k",
         metavar="K",
         type=whole(1, 2**20),
         help="older blocks that each head finds, beside the near ones (default: the model's own)",
     )
-    store = parser.add_argument_group("store (sizes like 64MiB or 1.5GB)")
-    store.add_argument(
-        "--store",
-        metavar="DIR",
-        type=text,
-        help="where the disk tier lies (default: a temporary directory, removed at the end)",
-    )
-    store.add_argument("--hot", metavar="SIZE", default=hot, help=f"device memory (default: {hot})")
-    store.add_argument(
-        "--warm", metavar="SIZE", default=warm, help=f"host memory (default: {warm})"
-    )
-    store.add_argument(
-        "--cold",
-        metavar="SIZE",
-        default="64GiB",
-        help="disk, compressed, or none: no disk (default: 64GiB)",
-    )
-    store.add_argument(
+    model.add_argument(
         "--index",
         choices=("auto", "exact", "hnsw"),
         default="auto",
         help="how blocks are searched: auto, exact or hnsw (default: auto)",
         metavar="KIND",
     )
+
+
+def add_store(parser: argparse.ArgumentParser, *, hot: str, warm: str) -> None:
+    """Add the sizes of the tiers and what is theirs; defaults are given."""
+    store = parser.add_argument_group("store (sizes like 64MiB or 1.5GB)")
+    store.add_argument(
+        "--device",
+        metavar="DEVICE",
+        default="auto",
+        help="auto, cpu or cuda: where the model runs and hot lies (default: auto)",
+    )
+    store.add_argument("--hot", metavar="SIZE", default=hot, help=f"device memory (default: {hot})")
+    store.add_argument(
+        "--warm", metavar="SIZE", default=warm, help=f"host memory (default: {warm})"
+    )
+    add_cold(store)
     store.add_argument(
         "--policy",
         choices=tuple(POLICIES),
@@ -80,6 +71,36 @@ def add_shared(
     store.add_argument(
         "--trace", metavar="FILE", type=text, help="record every access of a block in FILE"
     )
+
+
+def add_directory(parser: argparse.ArgumentParser) -> None:
+    """Add the option that says where the store lies."""
+    parser.add_argument(
+        "--store",
+        metavar="DIR",
+        type=words,
+        help="where the disk tier lies (default: a temporary directory, removed at the end)",
+    )
+
+
+def add_cold(parser: argparse._ActionsContainer) -> None:
+    """Add the size of the file on disk."""
+    parser.add_argument(
+        "--cold",
+        metavar="SIZE",
+        default="64GiB",
+        help="disk, compressed, or none: no disk (default: 64GiB)",
+    )
+
+
+def add_kept(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that name a kept context."""
+    parser.add_argument("store", metavar="DIR", type=words, help="the store's directory")
+    parser.add_argument("context", metavar="NAME", type=words, help="the context's name")
+
+
+def add_answer(parser: argparse.ArgumentParser, *, stop: tuple[str, ...]) -> None:
+    """Add the options that say how an answer is drawn, and shown; stop: where it ends."""
     answer = parser.add_argument_group("answer")
     answer.add_argument(
         "--max-new-tokens",
@@ -117,16 +138,22 @@ def add_shared(
         default=0,
         help="of all that is random (default: 0)",
     )
-    answer.add_argument(
-        "--json",
-        action="store_true",
-        help="print one line of JSON and nothing else",
-    )
+    add_json(answer)
     parser.set_defaults(stop_default=stop)
 
 
+def add_json(parser: argparse._ActionsContainer) -> None:
+    """Add the option that is for programs."""
+    parser.add_argument(
+        "--json", action="store_true", help="print one line of JSON and nothing else"
+    )
+
+
 def store_config(args: argparse.Namespace) -> StoreConfig:
-    """Return the store's settings. ValueError where they make no sense together."""
+    """Return the store's settings. ValueError where they make no sense together.
+
+    The index is set where there is an option for it.
+    """
     from kvstore.config import IndexConfig, StoreConfig
 
     return StoreConfig(
@@ -137,7 +164,7 @@ def store_config(args: argparse.Namespace) -> StoreConfig:
         device=args.device,
         policy=args.policy,
         trace=args.trace,
-        index=IndexConfig(kind=args.index),
+        index=IndexConfig(kind=getattr(args, "index", "auto")),
     )
 
 

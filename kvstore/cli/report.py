@@ -54,18 +54,23 @@ class Index:
 class Report:
     """All figures of one command.
 
-    tokens: bytes of text read, the prompt not counted. expected, correct: None where nobody knows
-    the answer. decode_ms_per_token: None where no token was read back. peak_memory_bytes:
-    anonymous. cache_bytes: all sealed blocks of the text, uncompressed. compression_ratio: raw
-    bytes of the blocks on disk over bytes of the file; None where none are there.
+    tokens: bytes of text read, the prompt not counted; reused_tokens: those of them that a kept
+    context had read before. answer: None where nothing was asked; expected, correct: None where
+    nobody knows it. prefill_tokens_per_s: None where nothing was read. first_token_seconds: from
+    the question, or where a kept context is asked from before it is opened, to the answer's first
+    byte. decode_ms_per_token: None where no token was read back. peak_memory_bytes: anonymous.
+    cache_bytes: all sealed blocks of the text, uncompressed. compression_ratio: raw bytes of the
+    blocks on disk over bytes of the file; None where none are there.
     """
 
     tokens: int
-    answer: str
+    reused_tokens: int
+    answer: str | None
     expected: str | None
     correct: bool | None
     prefill_seconds: float
-    prefill_tokens_per_s: float
+    prefill_tokens_per_s: float | None
+    first_token_seconds: float | None
     decode_ms_per_token: float | None
     peak_memory_bytes: int
     cache_bytes: int
@@ -134,13 +139,20 @@ class Report:
             f"{index.kind}, {index.landmarks:,} landmarks in {_bytes(index.bytes)}, "
             f"{index.queries:,} queries of {index.mean_query_us:,.0f} µs{recall}",
         )
-        row(
-            "read",
-            f"{self.tokens:,} tokens in {self.prefill_seconds:,.1f} s, "
-            f"{self.prefill_tokens_per_s:,.0f} tokens/s",
-        )
+        if self.prefill_tokens_per_s is not None:
+            row(
+                "read",
+                f"{self.tokens - self.reused_tokens:,} tokens in {self.prefill_seconds:,.1f} s, "
+                f"{self.prefill_tokens_per_s:,.0f} tokens/s",
+            )
+        else:
+            row("read before", f"{self.tokens:,} tokens")
         if self.decode_ms_per_token is not None:
-            row("answered", f"{self.decode_ms_per_token:.1f} ms a token")
+            row(
+                "answered",
+                f"{self.decode_ms_per_token:.1f} ms a token, "
+                f"the first after {self.first_token_seconds:.2f} s",
+            )
         row("memory", f"{_bytes(self.peak_memory_bytes)} at most (anonymous)")
         return table
 

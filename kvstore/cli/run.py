@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 from kvstore.cli import options
@@ -12,6 +13,7 @@ _EXAMPLE = """\
 examples:
   kvstore run --text war_and_peace.txt --prompt "Prince Andrew said" --stop .
   kvstore run --text a.txt --text b.txt --prompt "In short," --warm 1GiB --json
+  kvstore run --store books --context peace --text war_and_peace.txt
 """
 
 
@@ -19,9 +21,10 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     """Add the command's parser."""
     parser = commands.add_parser(
         "run",
-        help="read texts and answer a prompt",
+        help="read texts, answer a prompt, keep the context",
         description="Read texts through a model whose past lives in the tiered store, then go on\n"
-        "from a prompt. Bytes are tokens, so any file will do.",
+        "from a prompt. Bytes are tokens, so any file will do. With --context what was read is\n"
+        "kept, to be asked again with `kvstore ask`; prompt and answer are not.",
         epilog=_EXAMPLE,
         allow_abbrev=False,
         formatter_class=options.HelpFormatter,
@@ -34,14 +37,33 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
         help="a text to read; several are read one after the other",
     )
     parser.add_argument(
-        "--prompt", metavar="TEXT", type=words, required=True, help="what to go on from"
+        "--prompt",
+        metavar="TEXT",
+        type=words,
+        help="what to go on from; only with --context it may be left out",
     )
-    options.add_shared(parser, hot="64MiB", warm="256MiB", stop=())
+    options.add_directory(parser)
+    parser.add_argument(
+        "--context", metavar="NAME", type=words, help="keep what is read in --store, by this name"
+    )
+    parser.add_argument(
+        "--no-reuse",
+        dest="reuse",
+        action="store_false",
+        help="read all of the text, also what a kept context has read",
+    )
+    options.add_model(parser)
+    options.add_store(parser, hot="64MiB", warm="256MiB")
+    options.add_answer(parser, stop=())
     parser.set_defaults(main=main)
 
 
 def main(args: argparse.Namespace) -> int:
     """Do what the command line says and return the exit code."""
+    if args.context and not args.store:
+        raise UsageError("--context is kept in a store: give --store DIR too")
+    if not args.prompt and not args.context:
+        raise UsageError("nothing is asked and nothing kept: give --prompt TEXT or --context NAME")
     with checking_input():
         read = b"".join(Path(name).read_bytes() for name in args.text)
     if not read:
@@ -49,11 +71,13 @@ def main(args: argparse.Namespace) -> int:
 
     # torch takes seconds to import, and a wrong command line should not.
     from kvstore.cli.screen import Screen
-    from kvstore.cli.session import opened
+    from kvstore.cli.session import begin, opened
 
-    with opened(args) as session:
+    with opened(args, partial(begin, text=read)) as session:
         screen = Screen(args.json)
+        if session.tokens:
+            screen.say(f"{session.tokens:,} of {len(read):,} tokens were read before", "dim")
         screen.read(session, read)
-        answer = screen.answer(session.ask(args.prompt))
-        screen.report(session.report(answer, None, None))
+        answer = screen.answer(session.ask(args.prompt)) if args.prompt else None
+        screen.report(session.report(answer))
     return 0

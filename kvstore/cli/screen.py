@@ -60,6 +60,20 @@ class Screen:
             print(flush=True)
         return "".join(words)
 
+    def converse(self, session: Session, prompt: str, append: bool) -> str:
+        """Ask, print the answer as it comes, and where that is wanted keep both."""
+        heard = bytearray()
+
+        def pieces() -> Iterable[bytes]:
+            for piece in session.ask(prompt):
+                heard.extend(piece)
+                yield piece
+
+        answer = self.answer(pieces())
+        if append:
+            session.append(prompt.encode() + bytes(heard))
+        return answer
+
     def report(self, report: Report) -> None:
         """Print the figures."""
         if self._json:

@@ -1,4 +1,4 @@
-"""One sitting: a model, a store and a stream put together; a text is read, a prompt is answered.
+"""One sitting: a model, a store and a stream put together; texts are read, prompts are answered.
 
 Owns the order in which they are made and closed, and what is measured on the way. Prints nothing.
 """
@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
-from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,11 +19,16 @@ from kvstore import BlockSpec, Context, Store
 from kvstore.cli import options
 from kvstore.cli.memory import PeakMemory
 from kvstore.cli.report import Index, Report, Tier
+from kvstore.cli.text_chain import TextChain
 from kvstore.cli.usage import checking_input
+from kvstore.saved_contexts import SavedContexts
 from model import checkpoint
-from model.generate import generate, prefill
+from model.generate import Sampling, generate, prefill
 from model.stream import Retrieval, Stream
 from model.transformer import Transformer
+
+SNAPSHOT = 2**16
+"""Tokens after which a kept context is saved while it is read: what an interruption may cost."""
 
 
 class ClockedStream(Stream):
@@ -53,65 +58,118 @@ class ClockedStream(Stream):
 
 
 class Session:
-    """Reads one text and answers prompts on it. A context manager; not safe in two threads.
+    """Reads texts into a context and answers prompts on it. A context manager; for one thread.
 
-    args: of options.add_shared. Everything that can be wrong with them is found here, as
-    ValueError, or HotTierTooSmallError where hot holds less than a selection, before anything is
-    read.
+    Made by `begin` or `resume`. A kept context that is left by an error is as it was saved last.
     """
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        config = options.store_config(args)
-        self._sampling = options.sampling(args)
-        model = checkpoint.load(args.model).to(config.torch_device)
-        sizes = model.config
-        self._spec = BlockSpec.kv(sizes.block_size, sizes.head_dim, torch.bfloat16)
-        retrieval = Retrieval(args.top_k or sizes.top_k, sizes.near, sizes.segment)
-        self._streams = sizes.retrieving * sizes.heads
-        self._tokens = 0
+    def __init__(
+        self,
+        stream: ClockedStream,
+        sampling: Sampling,
+        memory: PeakMemory,
+        chain: TextChain,
+        began: float | None = None,
+    ) -> None:
+        """Go on with a stream. chain: of what it has read; began: when the first answer was wanted.
+
+        Whoever makes it closes what it is made of.
+        """
+        self._stream = stream
+        self._context = stream.context
+        self._store = stream.store
+        self._sampling = sampling
+        self._memory = memory
+        self._chain = chain
+        self._began = began
+        self._kept = self._context.name is not None
+        self._read_tokens = self._reused_tokens = 0
         self._prefill_seconds = 0.0
-        with ExitStack() as stack:
-            self._memory = stack.enter_context(PeakMemory())
-            self._store = stack.enter_context(Store(self._spec, config))
-            context = self._store.context(None, streams=self._streams, landmark_dim=sizes.head_dim)
-            self._stream = ClockedStream(model, context, retrieval)
-            self._open = stack.pop_all()
+        self._first_token_seconds: float | None = None
 
     def fills(self) -> dict[str, float]:
         """How full each tier is, 0 to 1."""
         usage = self._store.usage()
         return {n: t.used_bytes / t.capacity_bytes for n, t in usage.items() if t.capacity_bytes}
 
-    def read(self, text: bytes, progress: Callable[[int], None]) -> None:
-        """Read a text; tell after each piece how many tokens of it are read."""
+    @property
+    def tokens(self) -> int:
+        """How many tokens the context has read."""
+        return self._stream.position
+
+    def read(self, text: bytes, progress: Callable[[int], None] = lambda tokens: None) -> None:
+        """Read a text, or go on with one that the context begins; tell how much of it is read.
+
+        A kept context is saved every so many tokens, and at the end.
+        """
         began = time.perf_counter()
-        prefill(self._stream, text, progress)
+        self._reused_tokens = saved = self._stream.position
+        text = text[saved:]
+        kept_to = 0
+
+        def note(tokens: int) -> None:
+            nonlocal kept_to
+            if self._kept and tokens - kept_to >= SNAPSHOT:
+                self._save(text[kept_to:tokens])
+                kept_to = tokens
+            progress(saved + tokens)
+
+        if text:
+            prefill(self._stream, text, note)
+        if self._kept:
+            self._save(text[kept_to:])
         self._prefill_seconds += time.perf_counter() - began
-        self._tokens += len(text)
+        self._read_tokens += len(text)
 
     def ask(self, prompt: str) -> Iterator[bytes]:
         """Yield the answer byte by byte. Prompt and answer leave the reading as it is."""
         self._stream.reads.clear()
-        return generate(self._stream, prompt, self._sampling)
+        began = time.perf_counter() if self._began is None else self._began
+        self._began = self._first_token_seconds = None
+        if self._kept:
+            self._context.info["asked"] = time.time()
+        for piece in generate(self._stream, prompt, self._sampling):
+            if self._first_token_seconds is None:
+                self._first_token_seconds = time.perf_counter() - began
+            yield piece
 
-    def report(self, answer: str, expected: str | None, correct: bool | None) -> Report:
+    def append(self, text: bytes) -> None:
+        """Read more, behind all that was read, and keep it."""
+        prefill(self._stream, text)
+        self._save(text)
+
+    def _save(self, text: bytes) -> None:
+        """Keep what was read, of which this text is new."""
+        self._chain = self._chain.extended(text)
+        self._context.info["text"] = self._chain.to_json()
+        self._stream.save_state()
+        self._context.save()
+
+    def report(
+        self, answer: str | None, expected: str | None = None, correct: bool | None = None
+    ) -> Report:
         """Sum up what was read, and the answer to the last prompt."""
         self._memory.sample()
         figures = self._store.stats.snapshot()
         usage = self._store.usage()
         on_disk = usage["cold"]
         decode = [seconds for tokens, seconds in self._stream.reads[1:] if tokens == 1]
-        sealed = self._stream.position // self._spec.block_size * self._streams
+        spec = self._store.spec
+        sealed = self.tokens // spec.block_size * self._context.streams
         return Report(
-            tokens=self._tokens,
+            tokens=self.tokens,
+            reused_tokens=self._reused_tokens,
             answer=answer,
             expected=expected,
             correct=correct,
             prefill_seconds=self._prefill_seconds,
-            prefill_tokens_per_s=self._tokens / max(self._prefill_seconds, 1e-9),
+            prefill_tokens_per_s=(
+                self._read_tokens / self._prefill_seconds if self._read_tokens else None
+            ),
+            first_token_seconds=self._first_token_seconds,
             decode_ms_per_token=1e3 * sum(decode) / len(decode) if decode else None,
             peak_memory_bytes=self._memory.peak_bytes,
-            cache_bytes=sealed * self._spec.nbytes,
+            cache_bytes=sealed * spec.nbytes,
             tiers={
                 name: Tier(**asdict(usage[name]), **counted)
                 for name, counted in figures["tiers"].items()
@@ -119,34 +177,118 @@ class Session:
             lookups=figures["lookups"],
             not_found=figures["not_found"],
             prefetch=figures["prefetch"],
-            index=Index(**asdict(self._stream.context.index.stats)),
+            index=Index(**asdict(self._context.index.stats)),
             compression_ratio=(
-                on_disk.blocks * self._spec.nbytes / on_disk.used_bytes if on_disk.blocks else None
+                on_disk.blocks * spec.nbytes / on_disk.used_bytes if on_disk.blocks else None
             ),
         )
 
-    def __enter__(self) -> Session:
-        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._open.__exit__(kind, error, traceback)
+def begin(args: argparse.Namespace, stack: ExitStack, text: bytes = b"") -> Session:
+    """Make a session on an empty context, or on what a kept one has read of this text.
+
+    args: of options.add_model, add_store, add_directory and add_answer; `context` and `reuse` are
+    `run`'s own. Everything that can be wrong with them is found here, as ValueError, or
+    HotTierTooSmallError where hot holds less than a selection, before anything is read.
+    """
+    config = options.store_config(args)
+    sampling = options.sampling(args)
+    model = checkpoint.load(args.model).to(config.torch_device)
+    sizes = model.config
+    retrieval = Retrieval(args.top_k or sizes.top_k, sizes.near, sizes.segment)
+    memory = stack.enter_context(PeakMemory())
+    spec = BlockSpec.kv(sizes.block_size, sizes.head_dim, torch.bfloat16)
+    store = stack.enter_context(Store(spec, config))
+    name: str | None = getattr(args, "context", None)
+    chain, fingerprint = TextChain(), None
+    if name is not None:
+        fingerprint = checkpoint.fingerprint(model)
+        made = {
+            "model": checkpoint.full_name(args.model),
+            "retrieval": asdict(retrieval),
+            "index": config.index.kind,
+        }
+        chain = _read_before(store.kept, name, text, fingerprint, made, args.reuse)
+    context = stack.enter_context(
+        store.context(
+            name,
+            streams=sizes.retrieving * sizes.heads,
+            landmark_dim=sizes.head_dim,
+            fingerprint=fingerprint,
+        )
+    )
+    if name is not None:
+        context.info |= made
+    return Session(ClockedStream(model, context, retrieval), sampling, memory, chain)
+
+
+def _read_before(
+    kept: SavedContexts,
+    name: str,
+    text: bytes,
+    fingerprint: str,
+    made: dict[str, Any],
+    reuse: bool,
+) -> TextChain:
+    """Return what of a text the context of this name has read, or can have from another one."""
+    found: dict[str, TextChain] = {}
+    for each in kept.names():
+        manifest = kept.require(each)
+        info = manifest["info"]
+        alike = manifest["fingerprint"] == fingerprint and made.items() <= info.items()
+        if each == name:
+            reason = "was made otherwise" if not alike else "has read another text"
+            if alike and reuse and (chain := TextChain.from_json(info["text"])).begins(text):
+                return chain
+            if not reuse:
+                reason = "is kept already"
+            raise ValueError(
+                f"context {name!r} {reason}: choose another name, or remove it with "
+                "`kvstore contexts DIR rm`"
+            )
+        if reuse and alike and (chain := TextChain.from_json(info["text"])).begins(text):
+            found[each] = chain
+    if not found:
+        return TextChain()
+    longest = max(found, key=lambda each: found[each].tokens)
+    kept.fork(longest, name)
+    return found[longest]
+
+
+def resume(args: argparse.Namespace, stack: ExitStack) -> Session:
+    """Make a session on a kept context, with the model that made it.
+
+    args: of options.add_kept, add_store and add_answer. KeyError where there is no such context.
+    """
+    began = time.perf_counter()
+    config = options.store_config(args)
+    sampling = options.sampling(args)
+    memory = stack.enter_context(PeakMemory())
+    store = stack.enter_context(Store.open(args.store, config))
+    info = store.kept.require(args.context)["info"]
+    if "model" not in info:
+        raise ValueError(f"context {args.context!r} says no model: `kvstore run` has not made it")
+    model = checkpoint.load(info["model"]).to(config.torch_device)
+    context = stack.enter_context(
+        store.context(args.context, fingerprint=checkpoint.fingerprint(model))
+    )
+    retrieval = Retrieval(**info["retrieval"])
+    chain = TextChain.from_json(info["text"])
+    return Session(ClockedStream(model, context, retrieval), sampling, memory, chain, began)
 
 
 @contextmanager
-def opened(args: argparse.Namespace) -> Iterator[Session]:
+def opened(
+    args: argparse.Namespace, make: Callable[[argparse.Namespace, ExitStack], Session]
+) -> Iterator[Session]:
     """Make a session and close it in the end, whatever happens.
 
     UsageError for bad input, MemoryError where torch finds no room.
     """
     try:
-        with checking_input():
-            session = Session(args)
-        with session:
+        with ExitStack() as stack:
+            with checking_input():
+                session = make(args, stack)
             yield session
     except RuntimeError as error:
         # torch has no exception of its own for a CPU's memory.

@@ -19,6 +19,7 @@ from kvstore.errors import KVStoreError, StoreFullError
 
 Kvstore = Callable[..., Any]
 
+COMMANDS = ("run", "demo", "ask", "chat", "contexts")
 OPTIONS = (
     *("--model", "--store", "--hot", "--warm", "--cold", "--device", "--index", "--policy"),
     *("--top-k", "--max-new-tokens", "--temperature", "--top-p", "--stop", "--seed"),
@@ -37,7 +38,7 @@ def refused(ran: Any, command: str, *says: str) -> None:
         assert part in ran.err
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["run", "--help"], ["demo", "-h"]])
+@pytest.mark.parametrize("argv", [["--help"], *([name, "--help"] for name in COMMANDS)])
 def test_help_has_an_example(kvstore: Kvstore, argv: list[str]) -> None:
     ran = kvstore(*argv)
     assert ran.code == 0
@@ -64,8 +65,16 @@ def test_version(kvstore: Kvstore) -> None:
     [
         ([], "", "COMMAND"),
         (["fly"], "", "'fly'"),
-        (["run"], "run", "--text, --prompt"),
+        (["run"], "run", "--text"),
         (["run", "--text", "x"], "run", "--prompt"),
+        (["run", "--text", "x", "--prompt", "y", "--context", "z"], "run", "--store DIR"),
+        (["ask", "somewhere"], "ask", "NAME, --prompt"),
+        (["ask", "nowhere", "x", "--prompt", "y"], "ask", "nowhere"),
+        (["chat", "nowhere", "x"], "chat", "nowhere"),
+        (["contexts"], "contexts", "DIR"),
+        (["contexts", "nowhere"], "contexts", "nowhere"),
+        (["contexts", "nowhere", "fly"], "contexts", "'fly'"),
+        (["contexts", "nowhere", "fork", "a"], "contexts", "NEW"),
         (["demo", "--jso"], "demo", "--jso"),
         (["demo", "extra"], "demo", "extra"),
         (["run", "--text", "x", "--prompt", ""], "run", "--prompt"),
@@ -93,7 +102,7 @@ def test_version(kvstore: Kvstore) -> None:
         (["demo", "--model", "gpt-5"], "demo", "'gpt-5'"),
         (["demo", "--model", "a\nb"], "demo", "model"),
         (["demo", "--cold", "none", "--store", "x"], "demo", "cold is None"),
-        (["demo", "--store", ""], "demo", "path"),
+        (["demo", "--store", ""], "demo", "empty"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -67,6 +67,7 @@ def test_the_readme_has_the_two_commands() -> None:
 
 def test_every_option_is_documented(kvstore: Any) -> None:
     text = (ROOT / "docs" / "commands.md").read_text()
-    for command in ("run", "demo"):
+    for command in ("run", "demo", "ask", "chat", "contexts"):
+        assert f"## kvstore {command}\n" in text
         for option in re.findall(r"^  (--[\w-]+)", kvstore(command, "--help").out, re.M):
             assert f"`{option}" in text, option

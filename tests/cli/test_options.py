@@ -13,7 +13,10 @@ from model.generate import Sampling
 
 def parsed(*argv: str) -> argparse.Namespace:
     parser = Parser()
-    options.add_shared(parser, hot="2MiB", warm="3MiB", stop=("end",))
+    options.add_model(parser)
+    options.add_store(parser, hot="2MiB", warm="3MiB")
+    options.add_directory(parser)
+    options.add_answer(parser, stop=("end",))
     return parser.parse_args(argv)
 
 

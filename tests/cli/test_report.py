@@ -16,11 +16,13 @@ from kvstore.cli.report import Index, Report, Tier, bar
 MIB = 2**20
 REPORT = Report(
     tokens=65536,
+    reused_tokens=0,
     answer=" 12345",
     expected="12345",
     correct=True,
     prefill_seconds=4.0,
     prefill_tokens_per_s=16384.0,
+    first_token_seconds=0.25,
     decode_ms_per_token=12.5,
     peak_memory_bytes=700 * MIB,
     cache_bytes=64 * MIB,
@@ -112,7 +114,7 @@ def test_the_table_says_every_figure_in_80_columns() -> None:
     assert "40, 30 used, 5 wasted" in text
     assert "hnsw, 8,192 landmarks in 3MiB, 2,000 queries of 41 µs, sampled recall 0.999" in text
     assert "65,536 tokens in 4.0 s, 16,384 tokens/s" in text
-    assert "12.5 ms a token" in text
+    assert "12.5 ms a token, the first after 0.25 s" in text
     assert "700MiB at most" in text
 
 

@@ -1,0 +1,125 @@
+"""`kvstore contexts`: list the kept contexts of a store, fork, rename and remove them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kvstore.cli import options
+from kvstore.cli.usage import checking_input, words
+
+if TYPE_CHECKING:
+    from kvstore.saved_contexts import KeptContext
+
+_EXAMPLE = """\
+examples:
+  kvstore contexts books
+  kvstore contexts books fork peace war
+  kvstore contexts books rename war and_peace
+  kvstore contexts books rm peace
+"""
+
+
+def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command's parser."""
+    parser = commands.add_parser(
+        "contexts",
+        help="list, fork, rename and remove kept contexts",
+        description="List the contexts that a store keeps, or change one. A fork shares what was\n"
+        "read with the context it is made from; removing one of them takes nothing from the other.",
+        epilog=_EXAMPLE,
+        allow_abbrev=False,
+        formatter_class=options.HelpFormatter,
+    )
+    parser.add_argument("store", metavar="DIR", type=words, help="the store's directory")
+    options.add_cold(parser)
+    options.add_json(parser)
+    actions = parser.add_subparsers(title="changes", metavar="CHANGE", dest="change")
+    for name, names, about in (
+        ("fork", ("NAME", "NEW"), "keep the same past under a second name"),
+        ("rename", ("NAME", "NEW"), "give a context another name"),
+        ("rm", ("NAME",), "remove a context, and the blocks that only it has"),
+        ("sweep", (), "remove the blocks that no context has: a killed process may leave some"),
+    ):
+        action = actions.add_parser(
+            name, help=about, description=about, formatter_class=options.HelpFormatter
+        )
+        for each in names:
+            action.add_argument(each.lower(), metavar=each, type=words)
+    parser.set_defaults(main=main)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Do what the command line says and return the exit code."""
+    from kvstore import Store, StoreConfig
+    from kvstore.tiers.spec_file import read_spec
+
+    with checking_input():
+        # Hot for a block is the least there is; nothing is fetched.
+        hot = read_spec(Path(args.store)).nbytes
+        config = StoreConfig(hot=hot, warm=1, cold=args.cold, device="cpu")
+        store = Store.open(args.store, config)
+    with store:
+        swept = None
+        with checking_input():
+            if args.change == "fork":
+                store.kept.fork(args.name, args.new)
+            elif args.change == "rename":
+                store.kept.rename(args.name, args.new)
+            elif args.change == "rm":
+                store.kept.delete(args.name)
+            elif args.change == "sweep":
+                swept = store.sweep()
+        found = [store.kept.describe(name) for name in store.kept.names()]
+    if args.json:
+        print(json.dumps({"contexts": [asdict(each) for each in found], "swept_blocks": swept}))
+        return 0
+    if swept is not None:
+        print(f"{swept:,} blocks that no context had were removed")
+    if args.change is None:
+        _show(found)
+    return 0
+
+
+def _show(found: list[KeptContext]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from kvstore.config import format_size
+
+    if not found:
+        print("no context is kept here")
+        return
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("name", overflow="fold")
+    table.add_column("model", overflow="fold")
+    for column in ("tokens", "blocks", "raw", "on disk", "created", "last asked"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for each in found:
+        asked = each.info.get("asked")
+        cells = (
+            each.name,
+            Path(str(each.info.get("model", "-"))).name,
+            f"{each.tokens:,}",
+            f"{each.blocks:,}",
+            format_size(each.nbytes),
+            format_size(each.disk_bytes),
+            _ago(each.created),
+            "never" if asked is None else _ago(asked),
+        )
+        table.add_row(*(Text(cell) for cell in cells))
+    Console(highlight=False).print(table)
+
+
+def _ago(seconds: float) -> str:
+    age = max(0.0, time.time() - seconds)
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if age >= size:
+            return f"{age // size:.0f} {unit} ago"
+    return "just now"

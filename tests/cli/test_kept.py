@@ -1,0 +1,261 @@
+"""Contexts that are kept: `run --context`, `ask`, `chat`, `contexts`, with a small model."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from kvstore.cli import session
+from kvstore.cli.text_chain import PAGE, TextChain
+from model import checkpoint
+
+Kvstore = Callable[..., Any]
+BLOCK_BYTES = 32 * 16 * 2 * 2
+SMALL = ("--hot", 16 * BLOCK_BYTES, "--warm", 48 * BLOCK_BYTES, "--cold", "64MiB")
+ASKED = ("--prompt", "And then", "--max-new-tokens", 6)
+
+
+@pytest.fixture
+def book(tmp_path: Path) -> Path:
+    path = tmp_path / "book"
+    path.write_bytes(np.random.default_rng(0).bytes(10_010))
+    return path
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    return tmp_path / "store"
+
+
+@pytest.fixture
+def keep(kvstore: Kvstore, weights: Path, book: Path, store: Path) -> Kvstore:
+    """Read the book, or another text, into a kept context."""
+
+    def run(name: str, *argv: object, text: Path = book) -> Any:
+        given = ("--text", text, "--model", weights, "--store", store, "--context", name)
+        return kvstore("run", *given, *SMALL, *argv)
+
+    return run
+
+
+@pytest.fixture
+def ask(kvstore: Kvstore, store: Path) -> Kvstore:
+    return lambda name, *argv: kvstore("ask", store, name, *ASKED, *SMALL, "--json", *argv)
+
+
+def test_a_kept_context_answers_as_the_run_did(keep: Kvstore, ask: Kvstore, store: Path) -> None:
+    first = keep("a", *ASKED, "--json")
+    assert first.code == 0
+    for _ in range(2):
+        ran = ask("a")
+        assert ran.code == 0, ran.err
+        figures = ran.figures
+        assert figures["answer"] == first.figures["answer"]
+        assert figures["tokens"] == 10_010
+        assert figures["prefill_seconds"] == 0
+        assert figures["prefill_tokens_per_s"] is None
+        assert figures["first_token_seconds"] > 0
+        assert figures["cache_bytes"] == first.figures["cache_bytes"]
+    assert oct((store / "data.mdb").stat().st_mode & 0o777) == "0o600"
+
+
+def test_a_text_may_be_kept_unasked(keep: Kvstore, ask: Kvstore) -> None:
+    ran = keep("a", "--json")
+    assert ran.code == 0
+    assert ran.figures["answer"] is None
+    assert ran.figures["first_token_seconds"] is None
+    assert ask("a").code == 0
+    shown = keep("b")
+    assert shown.code == 0
+    assert "10,010 of 10,010 tokens were read before" in shown.out
+
+
+def test_what_is_appended_is_read_with_the_rest(
+    kvstore: Kvstore, keep: Kvstore, ask: Kvstore, book: Path, tmp_path: Path
+) -> None:
+    keep("a")
+    appended = ask("a", "--append").figures
+    longer = tmp_path / "longer"
+    raw = kvstore("ask", tmp_path / "store", "a", *ASKED, *SMALL).out  # the answer's own bytes
+    assert raw
+    tokens = ask("a").figures["tokens"]
+    assert tokens == 10_010 + len("And then") + 6
+    assert appended["tokens"] == tokens
+    longer.write_bytes(book.read_bytes() + b"And then")
+    refused = keep("a", text=longer)
+    assert refused.code == 2
+    assert "has read another text" in refused.err
+
+
+def test_an_interrupted_run_goes_on(
+    keep: Kvstore, ask: Kvstore, book: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session, "SNAPSHOT", 4096)
+    want = keep("whole", *ASKED, "--json", "--no-reuse").figures
+    read, left = session.ClockedStream.read, 4
+
+    def stop(self: Any, tokens: torch.Tensor) -> torch.Tensor:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise KeyboardInterrupt
+        return read(self, tokens)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(session.ClockedStream, "read", stop)
+        assert keep("a", "--no-reuse").code == 130
+    assert ask("a").figures["tokens"] == 8192
+    ran = keep("a", *ASKED, "--json")
+    assert ran.code == 0, ran.err
+    assert ran.figures["reused_tokens"] >= 8192
+    assert ran.figures["answer"] == want["answer"]
+    assert ran.figures["tokens"] == 10_010
+    with monkeypatch.context() as patch:
+        left = 1
+        patch.setattr(session.ClockedStream, "read", stop)
+        other = tmp_path / "other"
+        other.write_bytes(b"another text " * 1000)
+        assert keep("b", text=other).code == 130
+    assert "no context 'b' is kept; there are: a, whole" in ask("b").err
+
+
+def test_a_longer_text_begins_where_another_context_ends(
+    kvstore: Kvstore, keep: Kvstore, book: Path, store: Path, tmp_path: Path
+) -> None:
+    keep("a")
+    longer = tmp_path / "longer"
+    longer.write_bytes(book.read_bytes() + b"More of it. " * 300)
+    reused = keep("b", *ASKED, "--json", text=longer).figures
+    assert reused["reused_tokens"] == 10_010
+    assert reused["tokens"] == 13_610
+    before = listed(kvstore, store)
+    assert (before["a"]["tokens"], before["b"]["tokens"]) == (10_010, 13_610)
+    anew = keep("c", *ASKED, "--json", "--no-reuse", text=longer).figures
+    assert anew["reused_tokens"] == 0
+    refused = keep("c", "--no-reuse", text=longer)
+    assert refused.code == 2
+    assert "'c' is kept already" in refused.err
+    otherwise = keep("d", *ASKED, "--json", "--top-k", 3, text=longer).figures
+    assert otherwise["reused_tokens"] == 0
+    refused = keep("a", "--top-k", 3, text=longer)
+    assert refused.code == 2
+    assert "'a' was made otherwise" in refused.err
+
+
+def listed(kvstore: Kvstore, store: Path) -> dict[str, Any]:
+    ran = kvstore("contexts", store, "--json")
+    assert ran.code == 0, ran.err
+    return {each["name"]: each for each in json.loads(ran.out)["contexts"]}
+
+
+def test_contexts_are_listed_forked_renamed_and_removed(
+    kvstore: Kvstore, keep: Kvstore, ask: Kvstore, store: Path, weights: Path
+) -> None:
+    keep("a")
+    answer = ask("a").figures["answer"]
+    (a,) = listed(kvstore, store).values()
+    assert a["blocks"] == 10_010 // 32 * 2
+    assert a["nbytes"] == a["blocks"] * BLOCK_BYTES
+    assert 0 < a["disk_bytes"] < a["nbytes"]
+    assert a["info"]["model"] == str(weights)
+    assert a["created"] <= a["info"]["asked"]
+    for argv in (("fork", "a", "b"), ("rename", "b", "c"), ("rm", "a")):
+        assert kvstore("contexts", store, *argv) == (0, "", "")
+    assert ask("c").figures["answer"] == answer
+    for argv, says in [
+        (("fork", "x", "y"), "no context 'x'"),
+        (("fork", "c", "c"), "'c' is kept already"),
+        (("rm", "x"), "no context 'x'"),
+    ]:
+        ran = kvstore("contexts", store, *argv)
+        assert ran.code == 2
+        assert says in ran.err
+    shown = kvstore("contexts", store).out
+    assert max(map(len, shown.splitlines())) <= 80
+    for word in ("name", "model", "tokens", "raw", "on disk", "created", "last asked", "10,010"):
+        assert word in shown
+    assert kvstore("contexts", store, "sweep").out.startswith("0 blocks")
+    kvstore("contexts", store, "rm", "c")
+    assert kvstore("contexts", store).out == "no context is kept here\n"
+    assert "there are: -" in ask("c").err
+
+
+def test_a_chat_asks_again_and_again(
+    kvstore: Kvstore, keep: Kvstore, ask: Kvstore, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep("a")
+    want = ask("a").figures["answer"]
+    chat = ("chat", store, "a", "--max-new-tokens", 6, *SMALL)
+    monkeypatch.setattr("sys.stdin", io.StringIO("And then\n\nSomething else\nAnd then"))
+    ran = kvstore(*chat, "--json")
+    assert ran.code == 0
+    answers = [json.loads(line)["answer"] for line in ran.out.splitlines()]
+    assert len(answers) == 3
+    assert answers[0] == answers[2] == want
+    assert listed(kvstore, store)["a"]["tokens"] == 10_010
+    monkeypatch.setattr("sys.stdin", io.StringIO("And then\n"))
+    assert "tier" in kvstore(*chat).out
+    monkeypatch.setattr("sys.stdin", io.StringIO("And then\nAnd then\n"))
+    assert kvstore(*chat, "--append", "--json").code == 0
+    assert listed(kvstore, store)["a"]["tokens"] == 10_010 + 2 * (8 + 6)
+
+
+def test_another_model_is_never_served(
+    keep: Kvstore, ask: Kvstore, weights: Path, tmp_path: Path, store: Path
+) -> None:
+    """Not even one of the same sizes in the same file's place."""
+    mine = tmp_path / "mine.safetensors"
+    shutil.copy(weights, mine)
+    keep("a", "--model", mine)
+    model = checkpoint.load(str(mine))
+    with torch.no_grad():
+        model.head.weight[0, 0] += 1
+    checkpoint.save(model, mine, {})
+    ran = ask("a")
+    assert ran.code == 2
+    assert "'a' was kept with fingerprint" in ran.err
+    assert keep("a", "--model", mine).code == 2
+    mine.unlink()
+    ran = ask("a")
+    assert ran.code == 2
+    assert "mine.safetensors" in ran.err
+
+
+def test_a_context_of_another_program_is_told_apart(
+    keep: Kvstore, ask: Kvstore, store: Path
+) -> None:
+    keep("a")
+    from kvstore import Store, StoreConfig
+
+    with Store.open(store, StoreConfig(cold="64MiB", device="cpu")) as opened:
+        opened.context("bare", streams=1, landmark_dim=2).close()
+    ran = ask("bare")
+    assert ran.code == 2
+    assert "`kvstore run` has not made it" in ran.err
+    assert keep("b").code == 0
+
+
+@pytest.mark.parametrize("size", [0, 1, PAGE - 1, PAGE, 3 * PAGE + 5])
+def test_a_chain_knows_what_begins_with_it(size: int) -> None:
+    text = np.random.default_rng(1).bytes(4 * PAGE)
+    chain = TextChain()
+    for start in range(0, size, 1000):
+        chain = chain.extended(text[start : min(start + 1000, size)])
+    assert chain == TextChain().extended(text[:size])
+    assert TextChain.from_json(json.loads(json.dumps(chain.to_json()))) == chain
+    assert chain.begins(text)
+    assert chain.begins(text[:size])
+    if size:
+        assert not chain.begins(text[: size - 1])
+        for at in (0, size // 2, size - 1):
+            wrong = bytearray(text)
+            wrong[at] ^= 1
+            assert not chain.begins(bytes(wrong))

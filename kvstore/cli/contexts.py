@@ -99,7 +99,7 @@ def _show(found: list[KeptContext]) -> None:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("name", overflow="fold")
     table.add_column("model", overflow="fold")
-    for column in ("tokens", "blocks", "raw", "on disk", "created", "last asked"):
+    for column in ("tokens", "blocks", "raw", "on disk", "age", "asked"):
         table.add_column(column, justify="right", no_wrap=True)
     for each in found:
         asked = each.info.get("asked")
@@ -121,5 +121,5 @@ def _ago(seconds: float) -> str:
     age = max(0.0, time.time() - seconds)
     for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
         if age >= size:
-            return f"{age // size:.0f} {unit} ago"
-    return "just now"
+            return f"{age // size:.0f} {unit}"
+    return "now"

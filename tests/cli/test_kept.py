@@ -180,7 +180,7 @@ def test_contexts_are_listed_forked_renamed_and_removed(
         assert says in ran.err
     shown = kvstore("contexts", store).out
     assert max(map(len, shown.splitlines())) <= 80
-    for word in ("name", "model", "tokens", "raw", "on disk", "created", "last asked", "10,010"):
+    for word in ("name", "model", "tokens", "raw", "on disk", "age", "asked", "10,010"):
         assert word in shown
     assert kvstore("contexts", store, "sweep").out.startswith("0 blocks")
     kvstore("contexts", store, "rm", "c")

@@ -304,12 +304,17 @@ class Context:
         self._note(manifest)
         kept, counts = self.store.kept, np.asarray(manifest["counts"], np.int64)
         ids: list[list[NDArray[np.int64]]] = [[] for _ in counts]
+        landmarks: list[list[torch.Tensor]] = [[] for _ in counts]
         for piece in kept.past(self.name, manifest):
             for s in range(self.streams):
                 if f"ids.{s}" in piece:
                     ids[s].append(piece[f"ids.{s}"].numpy())
-                    self.index.add([s], piece[f"landmarks.{s}"][None])
-        parts = [part for of_stream in ids for part in of_stream]
+                    landmarks[s].append(piece[f"landmarks.{s}"])
+        for s, of_stream in enumerate(landmarks):
+            if of_stream:
+                self.index.add([s], torch.cat(of_stream)[None])
+                of_stream.clear()
+        parts = [part for numbers in ids for part in numbers]
         self._map = BlockMap.load(counts, np.concatenate([np.empty(0, np.int64), *parts]))
         device = self._open[0].device
         rest = kept.rest(self.name, manifest)

@@ -59,7 +59,7 @@ def load(name: str) -> Transformer:
             header = file.metadata() or {}
             config = ModelConfig(**json.loads(header["config"]))
             weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        model = Transformer(config)
+        model = Transformer(config, initialize=False)
         model.load_state_dict(weights)
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]

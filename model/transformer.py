@@ -64,7 +64,8 @@ class Embedding(nn.Module):
 class Transformer(nn.Module):
     """A byte-level language model whose retrieving layers reach past blocks by landmarks."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, *, initialize: bool = True) -> None:
+        """Make a model; initialize: False where the weights are about to be loaded."""
         super().__init__()
         self.config = config
         self.embedding = Embedding(config.width, config.reach)
@@ -72,6 +73,11 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(config.width)
         self.head = nn.Linear(config.width, VOCABULARY, bias=False)
         self.rotary = Rotary(config.head_dim, config.rope_base)
+        if initialize:
+            self._initialize()
+
+    def _initialize(self) -> None:
+        config = self.config
         for name, weight in self.named_parameters():
             if weight.dim() == 2:
                 std = 0.02 if "embedding" in name else weight.shape[1] ** -0.5

@@ -78,6 +78,7 @@ class Context:
         # What of this context's past is in records already, in pieces that others may name too.
         self._past: list[dict[str, Any]] = []
         self._rest: list[int] = []
+        self._snapshots: list[dict[str, Any]] = []
         self._created: float | None = None
         self._closed = False
         if origin is not None:
@@ -89,7 +90,7 @@ class Context:
             self._filled: list[int] = list(origin._filled)
             self._state: dict[str, torch.Tensor] = dict(origin._state)
             self.fingerprint, self.info = origin.fingerprint, dict(origin.info)
-            self._past = list(origin._past)
+            self._past, self._snapshots = list(origin._past), list(origin._snapshots)
         else:
             index = IndexConfig(**manifest["index"]) if manifest else store.config.index
             self.index = LandmarkIndex(index, streams, landmark_dim, store.device)
@@ -249,10 +250,11 @@ class Context:
             self.store, name, streams=self.streams, landmark_dim=self.landmark_dim, origin=self
         )
 
-    def save(self) -> None:
+    def save(self, *, snapshot: bool = False) -> None:
         """Write to disk what is needed to go on after a restart. ValueError if it is not kept.
 
-        What was saved before and has not changed is not written again.
+        What was saved before and has not changed is not written again. snapshot: remember this
+        place for good, so that `Store.kept.fork` can go back to it.
         """
         self._check()
         if not self._kept or self.name is None:
@@ -264,12 +266,13 @@ class Context:
             "landmark_dim": self.landmark_dim,
             "block": _describe(self.store),
             "fingerprint": self.fingerprint,
-            "info": self.info,
+            "info": dict(self.info),
             "index": asdict(self.index.config),
             "counts": counts.tolist(),
-            "filled": self._filled,
+            "filled": list(self._filled),
             "on_device": [name for name, t in self._state.items() if t.device.type != "cpu"],
             "past": self._past,
+            "snapshots": self._snapshots,
         }
         if self._created is not None:
             manifest["created"] = self._created
@@ -278,12 +281,13 @@ class Context:
         rest = {f"open.{i}": plane for i, plane in enumerate(self._open)}
         rest |= {f"state.{name}": tensor for name, tensor in self._state.items()}
         rest |= {f"index.{name}": tensor for name, tensor in self.index.progress().items()}
-        self._note(self.store.kept.write(self.name, manifest, past, rest))
+        self._note(self.store.kept.write(self.name, manifest, past, rest, snapshot))
         self._map.mark_saved()
         self.store.kept.sweep()
 
     def _note(self, manifest: Manifest) -> None:
         self._past, self._rest = manifest["past"], manifest["rest"]
+        self._snapshots = manifest["snapshots"]
         self._created = manifest["created"]
 
     def _restore(self, manifest: Manifest, fingerprint: str | None) -> None:
@@ -319,7 +323,7 @@ class Context:
         device = self._open[0].device
         rest = kept.rest(self.name, manifest)
         self._open = [rest[f"open.{i}"].to(device) for i in range(len(self._open))]
-        self._filled = manifest["filled"]
+        self._filled = list(manifest["filled"])
         self._state = {
             name: tensor.to(device) if name in manifest["on_device"] else tensor
             for name, tensor in _named(rest, "state.").items()
@@ -329,7 +333,8 @@ class Context:
     @property
     def pieces(self) -> list[int]:
         """The records that its last save, or that of what it was forked from, is made of."""
-        return numbers_of({"past": self._past, "rest": self._rest})
+        own = {"past": self._past, "rest": self._rest, "snapshots": self._snapshots}
+        return numbers_of(own)
 
     def block_ids(self) -> NDArray[np.int64]:
         """Return the store's ids of all its blocks, stream after stream."""
@@ -356,7 +361,7 @@ class Context:
         """End it and forget it: its records, and its blocks that no other context has."""
         self._check()
         if self._kept and self.name is not None:
-            self._past, self._rest = [], []
+            self._past, self._rest, self._snapshots = [], [], []
             self.store.kept.forget(self.name)
         self._drop()
 

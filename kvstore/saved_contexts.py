@@ -4,7 +4,8 @@ Owns the keys and the order of writing. Never looks at what a model means by any
 
 Keys are `context/NAME` and `piece/NUMBER`. A save writes new pieces, then the manifest that names
 them, then forgets the pieces that nobody names any more: what is read is always one whole save, the
-last that ended. Pieces of blocks never change, so forks name the same ones.
+last that ended. Pieces of blocks never change, so forks name the same ones. A snapshot is an
+earlier save of the same context, to go back to: it names the same pieces, and a rest of its own.
 """
 
 from __future__ import annotations
@@ -39,6 +40,9 @@ _PIECE = b"piece/"
 
 Manifest = dict[str, Any]
 
+_OF_A_SAVE = ("counts", "filled", "on_device", "info", "rest", "saved")
+"""What a snapshot has of its own; everything else is the context's."""
+
 
 @dataclass(frozen=True)
 class KeptContext:
@@ -46,7 +50,8 @@ class KeptContext:
 
     tokens: of the longest stream. blocks: sealed ones, of all streams, shared ones included;
     nbytes: theirs, uncompressed; disk_bytes: of their frames. fingerprint, info: as given when it
-    was made. created, saved: seconds since 1970, when it was first and last saved.
+    was made. created, saved: seconds since 1970, when it was first and last saved. snapshots: how
+    many earlier saves can be gone back to.
     """
 
     name: str
@@ -58,6 +63,7 @@ class KeptContext:
     info: dict[str, Any]
     created: float
     saved: float
+    snapshots: int
 
 
 class Past:
@@ -132,12 +138,20 @@ class SavedContexts:
             info=manifest["info"],
             created=manifest["created"],
             saved=manifest["saved"],
+            snapshots=len(manifest["snapshots"]),
         )
 
     def past(self, name: str, manifest: Manifest) -> Iterator[dict[str, torch.Tensor]]:
         """Yield pieces of the sealed blocks, in order: `ids.S` and `landmarks.S` of streams S."""
+        first = [0] * len(manifest["counts"])
         for piece in manifest["past"]:
-            yield load_tensors(self._piece(name, piece["number"]))
+            tensors = load_tensors(self._piece(name, piece["number"]))
+            for s, (a, b) in enumerate(zip(first, piece["stops"], strict=True)):
+                for part in (f"ids.{s}", f"landmarks.{s}"):
+                    if part in tensors:  # one that was gone back from may hold more
+                        tensors[part] = tensors[part][: b - a]
+            first = piece["stops"]
+            yield tensors
 
     def ids(self, name: str, manifest: Manifest) -> NDArray[np.int64]:
         """Return the ids of all its blocks, stream after stream."""
@@ -153,13 +167,18 @@ class SavedContexts:
         return load_tensors(b"".join(self._piece(name, number) for number in manifest["rest"]))
 
     def write(
-        self, name: str, manifest: Manifest, past: Past, rest: dict[str, torch.Tensor]
+        self,
+        name: str,
+        manifest: Manifest,
+        past: Past,
+        rest: dict[str, torch.Tensor],
+        snapshot: bool = False,
     ) -> Manifest:
         """Save a context; return its manifest.
 
         manifest: all but what this adds; its `past` are pieces that a save before left, of the
         same blocks. Small ones at their end are joined with what is new, so that their number
-        grows like a logarithm until they are large.
+        grows like a logarithm until they are large. snapshot: make it one to be gone back to.
         """
         number = self._next_number()
         pieces: list[dict[str, Any]] = list(manifest["past"])
@@ -189,16 +208,21 @@ class SavedContexts:
         now = time.time()
         done: Manifest = {"created": now, **manifest, "format": FORMAT, "saved": now}
         done |= {"past": pieces, "rest": numbers}
+        if snapshot:
+            done["snapshots"] = [*done["snapshots"], {key: done[key] for key in _OF_A_SAVE}]
         self._put(name, done)
         return done
 
-    def fork(self, name: str, new: str) -> None:
+    def fork(self, name: str, new: str, snapshot: int | None = None) -> None:
         """Keep the same past, as it was saved last, under another name too; nothing is copied.
 
-        KeyError if there is no such context, ValueError if the new name is taken.
+        snapshot: which of its snapshots to take instead. KeyError if there is no such context,
+        ValueError if the new name is taken.
         """
         manifest = self.require(name)
         self._require_free(new)
+        if snapshot is not None:
+            manifest = gone_back(manifest, snapshot)
         self._put(new, manifest | {"created": time.time()})
 
     def rename(self, name: str, new: str) -> None:
@@ -265,7 +289,22 @@ class SavedContexts:
 
 def numbers_of(manifest: Manifest) -> list[int]:
     """Return the numbers of the pieces that a manifest names."""
-    return [piece["number"] for piece in manifest["past"]] + list(manifest["rest"])
+    rests = [manifest["rest"], *(snapshot["rest"] for snapshot in manifest["snapshots"])]
+    return [piece["number"] for piece in manifest["past"]] + [n for rest in rests for n in rest]
+
+
+def gone_back(manifest: Manifest, snapshot: int) -> Manifest:
+    """Return the manifest as it was when this snapshot was made."""
+    earlier = manifest["snapshots"][snapshot]
+    counts = earlier["counts"]
+    past, first = [], [0] * len(counts)
+    for piece in manifest["past"]:
+        stops = [min(stop, count) for stop, count in zip(piece["stops"], counts, strict=True)]
+        if stops != first:
+            past.append(piece | {"stops": stops})
+        first = stops
+    back: Manifest = {**manifest, **earlier, "past": past}
+    return back | {"snapshots": manifest["snapshots"][: snapshot + 1]}
 
 
 def check_name(name: str) -> None:

@@ -110,7 +110,7 @@ class Session:
         def note(tokens: int) -> None:
             nonlocal kept_to
             if self._kept and tokens - kept_to >= SNAPSHOT:
-                self._save(text[kept_to:tokens])
+                self._save(text[kept_to:tokens], snapshot=True)
                 kept_to = tokens
             progress(saved + tokens)
 
@@ -138,12 +138,12 @@ class Session:
         prefill(self._stream, text)
         self._save(text)
 
-    def _save(self, text: bytes) -> None:
+    def _save(self, text: bytes, snapshot: bool = False) -> None:
         """Keep what was read, of which this text is new."""
         self._chain = self._chain.extended(text)
         self._context.info["text"] = self._chain.to_json()
         self._stream.save_state()
-        self._context.save()
+        self._context.save(snapshot=snapshot)
 
     def report(
         self, answer: str | None, expected: str | None = None, correct: bool | None = None
@@ -231,7 +231,7 @@ def _read_before(
     reuse: bool,
 ) -> TextChain:
     """Return what of a text the context of this name has read, or can have from another one."""
-    found: dict[str, TextChain] = {}
+    found: tuple[TextChain, str, int | None] = (TextChain(), name, None)
     for each in kept.names():
         manifest = kept.require(each)
         info = manifest["info"]
@@ -246,13 +246,18 @@ def _read_before(
                 f"context {name!r} {reason}: choose another name, or remove it with "
                 "`kvstore contexts DIR rm`"
             )
-        if reuse and alike and (chain := TextChain.from_json(info["text"])).begins(text):
-            found[each] = chain
-    if not found:
-        return TextChain()
-    longest = max(found, key=lambda each: found[each].tokens)
-    kept.fork(longest, name)
-    return found[longest]
+        if not (reuse and alike):
+            continue
+        places: list[tuple[dict[str, Any], int | None]] = [(info, None)]
+        places += [(snap["info"], i) for i, snap in enumerate(manifest["snapshots"])]
+        for of_place, snapshot in places:
+            chain = TextChain.from_json(of_place["text"])
+            if chain.tokens > found[0].tokens and chain.begins(text):
+                found = chain, each, snapshot
+    chain, source, snapshot = found
+    if chain.tokens:
+        kept.fork(source, name, snapshot)
+    return chain
 
 
 def resume(args: argparse.Namespace, stack: ExitStack) -> Session:

@@ -150,6 +150,21 @@ def test_a_longer_text_begins_where_another_context_ends(
     assert "'a' was made otherwise" in refused.err
 
 
+def test_a_text_that_parts_ways_begins_at_a_snapshot(
+    keep: Kvstore, book: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session, "SNAPSHOT", 4096)
+    keep("a")
+    other = tmp_path / "other"
+    other.write_bytes(book.read_bytes()[:9000] + b"another end")
+    reused = keep("b", *ASKED, "--json", text=other).figures
+    assert (reused["reused_tokens"], reused["tokens"]) == (8192, 9011)
+    anew = keep("c", *ASKED, "--json", "--no-reuse", text=other).figures
+    assert anew["answer"] == reused["answer"]
+    other.write_bytes(book.read_bytes()[:5000])
+    assert keep("d", "--json", text=other).figures["reused_tokens"] == 4096
+
+
 def listed(kvstore: Kvstore, store: Path) -> dict[str, Any]:
     ran = kvstore("contexts", store, "--json")
     assert ran.code == 0, ran.err

@@ -145,6 +145,49 @@ def test_many_small_saves_leave_few_pieces_and_write_little(make_store, tmp_path
     twin.check()
 
 
+@pytest.mark.parametrize("piece", [200, 4 * 2**20])
+def test_a_fork_goes_back_to_a_snapshot(make_store, tmp_path, monkeypatch, piece):
+    monkeypatch.setattr(saved_contexts, "PIECE", piece)
+    store = make_store(tmp_path)
+    twin = keep(store, "a", 0)
+    pasts = []
+    for i, t in enumerate((9, 17, 30, 2, 40)):
+        twin.append([0, 1], t, i)
+        twin.context.info["at"] = i
+        twin.context.set_state({"at": torch.tensor(i)})
+        twin.context.save(snapshot=i != 3)
+        if i != 3:
+            pasts.append(([list(p) for p in twin.planes], list(twin.marks), i))
+    twin.append([0, 1], 9, 9)
+    twin.context.close()
+    store = reopened(make_store, store)
+    assert store.kept.describe("a").snapshots == 4
+    for snapshot, (planes, marks, i) in enumerate(pasts):
+        blocks, pieces = len(store), store.record_keys(b"piece/")
+        store.kept.fork("a", f"back{snapshot}", snapshot)
+        back = Twin(store.context(f"back{snapshot}"))
+        back.planes, back.marks = planes, marks
+        back.check()
+        assert back.context.info == {"at": i}
+        assert back.context.get_state()["at"] == i
+        assert (len(store), store.record_keys(b"piece/")) == (blocks, pieces)
+        back.append([0, 1], 11, 20 + i)
+        back.context.save(snapshot=True)
+        assert store.kept.describe(f"back{snapshot}").snapshots == snapshot + 2
+        back.context.close()
+        again = Twin(store.context(f"back{snapshot}"))
+        again.planes, again.marks = back.planes, back.marks
+        again.check()
+        again.context.close()
+    with pytest.raises(IndexError):
+        store.kept.fork("a", "b", 4)
+    store.kept.delete("a")
+    for snapshot in range(4):
+        store.context(f"back{snapshot}").delete()
+    assert not len(store)
+    assert not store.record_keys()
+
+
 def test_left_by_an_error_it_is_as_it_was_saved(make_store, tmp_path):
     store = make_store(tmp_path)
     twin = keep(store, "a", 20)

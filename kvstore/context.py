@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from kvstore.block_map import BlockMap
 from kvstore.config import IndexConfig
-from kvstore.errors import StoreClosedError
+from kvstore.errors import CorruptBlockError, StoreClosedError
 from kvstore.index import LandmarkIndex
 from kvstore.saved_contexts import Manifest, Past, check_name, numbers_of
 from kvstore.streams import stream_numbers
@@ -370,7 +370,10 @@ class Context:
         self._end()
         free, shared = self._map.release()
         if len(shared):
-            shared = shared[~np.isin(shared, self.store.kept.used_ids())]
+            try:
+                shared = shared[~np.isin(shared, self.store.kept.used_ids())]
+            except CorruptBlockError:  # who else has them cannot be read: they stay
+                shared = shared[:0]
         self.store.delete(np.concatenate((free, shared)))
 
     def _end(self) -> None:

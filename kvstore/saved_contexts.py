@@ -232,6 +232,14 @@ class SavedContexts:
         self._require_free(new)
         self._store.put_records({_key(new): _encode(manifest), _key(name): None})
 
+    def replace(self, name: str, manifest: Manifest | None) -> None:
+        """Make this the manifest of a context that is not open; None: it has none any more.
+
+        What only the old one named stays, until `sweep`.
+        """
+        self._require_closed(name)
+        self._store.put_record(_key(name), None if manifest is None else _encode(manifest))
+
     def delete(self, name: str) -> None:
         """Forget a context, and the blocks that no other has.
 

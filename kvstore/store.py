@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from os import PathLike
@@ -47,6 +47,9 @@ from kvstore.writer import Writer
 if TYPE_CHECKING:
     from kvstore.context import Context
     from kvstore.saved_contexts import SavedContexts
+
+
+_VERIFIED = 1024  # blocks, between two words of progress
 
 
 @dataclass(frozen=True)
@@ -136,6 +139,11 @@ class Store:
     def hot_slots(self) -> int:
         """Blocks that fit into hot."""
         return self._mover.hot.slots
+
+    def ids(self) -> Ids:
+        """The ids of all blocks stored, int64 [n], ascending."""
+        self._enter()
+        return self._mover.residency.present()
 
     def __len__(self) -> int:
         """The number of blocks stored."""
@@ -301,6 +309,24 @@ class Store:
         lost = present[~np.isin(present, self.kept.used_ids())]
         self.delete(lost)
         return len(lost)
+
+    def verify(self, progress: Callable[[int], None] = lambda blocks: None) -> dict[int, str]:
+        """Read every block on disk; return those that are not what was written, and why.
+
+        Tell now and then how many have been read. Takes a few MiB of memory.
+        """
+        self.flush()
+        residency = self._mover.residency
+        ids = residency.present()
+        ids = ids[residency.cold[ids] >= 0]
+        ids = ids[np.argsort(residency.cold[ids], kind="stable")]
+        found: dict[int, str] = {}
+        for start in range(0, len(ids), _VERIFIED) if self._disk is not None else ():
+            assert self._disk is not None
+            some = ids[start : start + _VERIFIED]
+            found |= self._disk.damaged(some, residency.cold[some])
+            progress(start + len(some))
+        return found
 
     def disk_bytes(self, ids: Ids) -> int:
         """Bytes that blocks take on disk, compressed. ids: int64 [n], each of a block."""

@@ -14,6 +14,7 @@ from kvstore.cli.usage import checking_input, words
 
 if TYPE_CHECKING:
     from kvstore.saved_contexts import KeptContext
+    from kvstore.store import Store
 
 _EXAMPLE = """\
 examples:
@@ -55,14 +56,8 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
 
 def main(args: argparse.Namespace) -> int:
     """Do what the command line says and return the exit code."""
-    from kvstore import Store, StoreConfig
-    from kvstore.tiers.spec_file import read_spec
-
     with checking_input():
-        # Hot for a block is the least there is; nothing is fetched.
-        hot = read_spec(Path(args.store)).nbytes
-        config = StoreConfig(hot=hot, warm=1, cold=args.cold, device="cpu")
-        store = Store.open(args.store, config)
+        store = open_to_look(args)
     with store:
         swept = None
         with checking_input():
@@ -83,6 +78,15 @@ def main(args: argparse.Namespace) -> int:
     if args.change is None:
         _show(found)
     return 0
+
+
+def open_to_look(args: argparse.Namespace) -> Store:
+    """Open the store that `args` names with the least of memory: nothing of it is fetched."""
+    from kvstore import Store, StoreConfig
+    from kvstore.tiers.spec_file import read_spec
+
+    hot = read_spec(Path(args.store)).nbytes
+    return Store.open(args.store, StoreConfig(hot=hot, warm=1, cold=args.cold, device="cpu"))
 
 
 def _show(found: list[KeptContext]) -> None:

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 import kvstore
-from kvstore.cli import ask, chat, contexts, demo, run
+from kvstore.cli import ask, chat, contexts, demo, run, verify
 from kvstore.cli.options import HelpFormatter
 from kvstore.cli.usage import Parser, UsageError
 from kvstore.errors import KVStoreError
@@ -76,7 +76,7 @@ def _parsers() -> tuple[Parser, set[str]]:
     )
     parser.add_argument("--version", action="version", version=f"kvstore {kvstore.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (run, demo, ask, chat, contexts):
+    for command in (run, demo, ask, chat, contexts, verify):
         command.add_to(commands)
     return parser, set(commands.choices)
 

@@ -1,7 +1,7 @@
 """The cold tier: frames in an LMDB file of bounded size.
 
-Owns the file, its packs and records (docs/format.md), and is the only file that imports lmdb. It
-never decides what is stored or dropped, and keeps no table from block to place: its owner does.
+Owns the file, its packs and records (docs/format.md); only it and walk.py import lmdb. It never
+decides what is stored or dropped, and keeps no table from block to place: its owner does.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import xxhash
 from kvstore.block import BlockSpec
 from kvstore.codec import Bytes2D, Codec, Ids
 from kvstore.errors import CorruptBlockError, StoreClosedError, StoreFullError, WriteFailedError
+from kvstore.tiers.walk import walk
 
 FORMAT_VERSION = 1
 
@@ -200,6 +201,27 @@ class DiskTier:
                 nbytes += sum(len(_frame(pack, 4 * place)) for place in places.tolist())
         return nbytes
 
+    def damaged(self, ids: Ids, locations: Locations) -> dict[int, str]:
+        """Read and verify blocks; return those that are not what was written, and why.
+
+        ids, locations: int64 [n]. Takes memory for 64 of them at a time.
+        """
+        found: dict[int, str] = {}
+        sizes = [plane.nbytes for plane in self._codec.spec.planes]
+        scratch = [np.empty((64, size), np.uint8) for size in sizes]
+        parts = [(ids[i : i + 64], locations[i : i + 64]) for i in range(0, len(ids), 64)]
+        while parts:
+            some, places = parts.pop()
+            try:
+                self.read(some, places, [plane[: len(some)] for plane in scratch])
+            except CorruptBlockError as error:
+                if len(some) == 1:
+                    found[int(some[0])] = str(error)
+                else:
+                    half = len(some) // 2
+                    parts += [(some[:half], places[:half]), (some[half:], places[half:])]
+        return found
+
     def frames(self) -> Iterator[tuple[int, bytes]]:
         """Yield the id and the frame of every block, unverified: for checks and measurements."""
         ids, locations = self.scan()
@@ -326,6 +348,8 @@ class DiskTier:
             raise ValueError(f"cannot open a store in {self.directory}: {error}") from None
         try:
             self._fill_short_file(path)
+            if held and (fault := walk(self.directory)):
+                raise self._damaged(fault)
             with self._env.begin(write=True) as transaction:
                 self._check_format(transaction)
             self._packs, self._directory, self._records = (
@@ -611,7 +635,7 @@ class DiskTier:
                 )
         raise AssertionError("every block has a place")
 
-    def _damaged(self, error: Exception) -> CorruptBlockError:
+    def _damaged(self, error: Exception | str) -> CorruptBlockError:
         return CorruptBlockError(f"the store in {self.directory} is damaged: {error}")
 
     def _write_error(self, error: lmdb.Error, what: str, pages: int) -> Exception:

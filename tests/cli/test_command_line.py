@@ -19,7 +19,7 @@ from kvstore.errors import KVStoreError, StoreFullError
 
 Kvstore = Callable[..., Any]
 
-COMMANDS = ("run", "demo", "ask", "chat", "contexts")
+COMMANDS = ("run", "demo", "ask", "chat", "contexts", "verify")
 OPTIONS = (
     *("--model", "--store", "--hot", "--warm", "--cold", "--device", "--index", "--policy"),
     *("--top-k", "--max-new-tokens", "--temperature", "--top-p", "--stop", "--seed"),
@@ -71,6 +71,7 @@ def test_version(kvstore: Kvstore) -> None:
         (["ask", "somewhere"], "ask", "NAME, --prompt"),
         (["ask", "nowhere", "x", "--prompt", "y"], "ask", "nowhere"),
         (["chat", "nowhere", "x"], "chat", "nowhere"),
+        (["verify", "nowhere"], "verify", "nowhere"),
         (["contexts"], "contexts", "DIR"),
         (["contexts", "nowhere"], "contexts", "nowhere"),
         (["contexts", "nowhere", "fly"], "contexts", "'fly'"),

@@ -38,6 +38,8 @@ def test_all_of_the_page_runs() -> None:
     exec(code_of(ROOT / "docs" / "store.md"), said)
     assert said["block"].shape == (16, 32, 64)
     assert (said["block"] == 1).all()
+    assert said["lengths"] == {"a": 640, "b": 320}
+    assert said["damaged"] == {}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -67,7 +69,7 @@ def test_the_readme_has_the_two_commands() -> None:
 
 def test_every_option_is_documented(kvstore: Any) -> None:
     text = (ROOT / "docs" / "commands.md").read_text()
-    for command in ("run", "demo", "ask", "chat", "contexts"):
+    for command in ("run", "demo", "ask", "chat", "contexts", "verify"):
         assert f"## kvstore {command}\n" in text
         for option in re.findall(r"^  (--[\w-]+)", kvstore(command, "--help").out, re.M):
             assert f"`{option}" in text, option

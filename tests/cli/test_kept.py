@@ -203,6 +203,43 @@ def test_contexts_are_listed_forked_renamed_and_removed(
     assert "there are: -" in ask("c").err
 
 
+def test_damage_is_found_and_mended(
+    kvstore: Kvstore,
+    keep: Kvstore,
+    ask: Kvstore,
+    store: Path,
+    book: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(session, "SNAPSHOT", 4096)
+    keep("a")
+    other = tmp_path / "other"
+    other.write_bytes(b"another text " * 1000)
+    keep("b", text=other)
+    answer = ask("b").figures["answer"]
+    ran = kvstore("verify", store)
+    assert ran.code == 0
+    assert "2 contexts and 1,436 blocks were read, 0 faults were found" in ran.out
+    from kvstore import Store, StoreConfig
+
+    with Store.open(store, StoreConfig(cold="64MiB", device="cpu")) as opened:
+        ids = opened.kept.ids("a", opened.kept.require("a"))
+        opened.delete(ids[290:291])  # of the first stream: token 9,280
+    ran = kvstore("verify", store, "--json")
+    assert ran.code == 1
+    assert ran.figures["damaged"] == [
+        f"context 'a': stream 0, block 290 (id {ids[290]}) is not there"
+    ]
+    ran = kvstore("verify", store, "--repair")
+    assert ran.code == 0
+    assert "context 'a' was cut back to 8,192 tokens" in ran.out
+    assert kvstore("verify", store, "--json").figures["damaged"] == []
+    assert ask("a").figures["tokens"] == 8192
+    assert ask("b").figures["answer"] == answer
+    assert keep("a", "--json").figures["reused_tokens"] == 8192
+
+
 def test_a_chat_asks_again_and_again(
     kvstore: Kvstore, keep: Kvstore, ask: Kvstore, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,73 @@
+"""`kvstore verify`: read all that a store keeps, say what is damaged, and mend it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from kvstore.cli import options
+from kvstore.cli.usage import checking_input, words
+
+_EXAMPLE = """\
+examples:
+  kvstore verify books
+  kvstore verify books --repair
+"""
+
+
+def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command's parser."""
+    parser = commands.add_parser(
+        "verify",
+        help="check what a store keeps, and repair it",
+        description="Read every block, record and context of a store and say what is not what was\n"
+        "written; exit code 1 if anything is. --repair takes a damaged context back to its last\n"
+        "snapshot before the damage, or removes it, and touches nothing else.",
+        epilog=_EXAMPLE,
+        allow_abbrev=False,
+        formatter_class=options.HelpFormatter,
+    )
+    parser.add_argument("store", metavar="DIR", type=words, help="the store's directory")
+    parser.add_argument("--repair", action="store_true", help="mend what can be mended")
+    options.add_cold(parser)
+    options.add_json(parser)
+    parser.set_defaults(main=main)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Do what the command line says and return the exit code."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from kvstore.cli.contexts import open_to_look
+    from kvstore.verify import repair, verify
+
+    with checking_input():
+        store = open_to_look(args)
+    with store:
+        blocks = len(store)
+        quiet = args.json or not Console(stderr=True).is_terminal
+        with Progress(console=Console(stderr=True), disable=quiet, transient=True) as progress:
+            task = progress.add_task("verifying", total=blocks)
+            found = verify(store, lambda done: progress.update(task, completed=done))
+        mended = repair(store, found) if args.repair and found.damaged else []
+        left = verify(store).damaged if mended else found.damaged
+    if args.json:
+        figures = {
+            "blocks": found.blocks,
+            "contexts": found.contexts,
+            "damaged": found.damaged,
+            "repaired": mended,
+            "unreferenced_blocks": found.unreferenced,
+        }
+        print(json.dumps(figures))
+        return 1 if left else 0
+    for line in (*found.damaged, *mended):
+        print(line)
+    print(
+        f"{found.contexts:,} contexts and {found.blocks:,} blocks were read, "
+        f"{len(found.damaged):,} faults were found"
+    )
+    if found.unreferenced:
+        print(f"{found.unreferenced:,} blocks belong to no context")
+    return 1 if left else 0

@@ -1,0 +1,171 @@
+"""Whether what a store keeps is what was written, and what can be saved where it is not.
+
+Owns the order of checks and repairs. Never changes what is whole: a damaged context goes back to
+its last snapshot before the damage, or goes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+
+from kvstore.errors import CorruptBlockError
+from kvstore.saved_contexts import Manifest, SavedContexts, gone_back
+from kvstore.store import Store
+
+
+@dataclass
+class Findings:
+    """What a verification found.
+
+    blocks, contexts: how many were looked at. damaged: what is not what was written, in words.
+    broken: the damaged contexts; None where not even the manifest can be read, otherwise what it
+    can go back to, or an empty dict where there is nothing. their_blocks: what they had, as far
+    as that can be read. lost_blocks: damaged ones, by id.
+    unreferenced: blocks that no context has: put otherwise, or left by a process that was killed.
+    """
+
+    blocks: int = 0
+    contexts: int = 0
+    damaged: list[str] = field(default_factory=list)
+    broken: dict[str, Manifest | None] = field(default_factory=dict)
+    lost_blocks: list[int] = field(default_factory=list)
+    their_blocks: list[NDArray[np.int64]] = field(default_factory=list)
+    unreferenced: int = 0
+
+
+def verify(store: Store, progress: Callable[[int], None] = lambda blocks: None) -> Findings:
+    """Read all that a store keeps: frames, records, manifests and the pieces they name.
+
+    Tell now and then how many blocks are read. No context may be open.
+    """
+    if store.contexts:
+        raise ValueError("a store is verified while no context is open")
+    lost = store.verify(progress)
+    findings = Findings(blocks=len(store), lost_blocks=sorted(lost))
+    findings.damaged += [lost[block] for block in findings.lost_blocks]
+    for key in store.record_keys():
+        if not key.startswith((b"context/", b"piece/")):
+            try:
+                store.get_record(key)
+            except CorruptBlockError as error:
+                findings.damaged.append(str(error))
+    present = np.setdiff1d(store.ids(), findings.lost_blocks)
+    used = [np.empty(0, np.int64)]
+    for name in store.kept.names():
+        findings.contexts += 1
+        try:
+            manifest = store.kept.require(name)
+            used.append(_verify_context(store.kept, name, manifest, present, findings))
+        except (CorruptBlockError, ValueError, KeyError, TypeError) as error:
+            findings.damaged.append(f"context {name!r}: its manifest cannot be read: {error}")
+            findings.broken[name] = None
+    findings.unreferenced = len(np.setdiff1d(store.ids(), np.concatenate(used)))
+    return findings
+
+
+def repair(store: Store, findings: Findings) -> list[str]:
+    """Put right what was found, as far as that can be done; return in words what was lost."""
+    done = []
+    for name, back in findings.broken.items():
+        store.kept.replace(name, back or None)
+        if back:
+            tokens = max(back["counts"]) * store.spec.block_size
+            done.append(f"context {name!r} was cut back to {tokens:,} tokens")
+        else:
+            done.append(f"context {name!r} was removed: nothing whole of it was left")
+    store.kept.sweep()
+    used = store.kept.used_ids()
+    had = np.concatenate([np.empty(0, np.int64), findings.lost_blocks, *findings.their_blocks])
+    unused = np.setdiff1d(np.intersect1d(had.astype(np.int64), store.ids()), used)
+    store.delete(unused)
+    if len(unused):
+        done.append(
+            f"{len(unused):,} blocks that nothing has any more were removed, "
+            f"{len(np.intersect1d(unused, findings.lost_blocks)):,} of them damaged"
+        )
+    return done
+
+
+def _verify_context(
+    kept: SavedContexts,
+    name: str,
+    manifest: Manifest,
+    present: NDArray[np.int64],
+    findings: Findings,
+) -> NDArray[np.int64]:
+    """Verify one context; return the ids that it has as far as they can be read."""
+    whole, ids, fault = _whole_counts(kept, name, manifest, present)
+    rest = _fault_of_rest(kept, name, manifest)
+    snapshots = [_fault_of_rest(kept, name, manifest | each) for each in manifest["snapshots"]]
+    faults = [each for each in (fault, rest, *snapshots) if each]
+    if not faults:
+        return ids
+    findings.damaged += [f"context {name!r}: {each}" for each in faults]
+    findings.their_blocks.append(ids)
+    good = [
+        i
+        for i, each in enumerate(manifest["snapshots"])
+        if not snapshots[i]
+        and all(count <= stop for count, stop in zip(each["counts"], whole, strict=True))
+    ]
+    kept_snapshots = [manifest["snapshots"][i] for i in good]
+    if not fault and not rest:
+        findings.broken[name] = manifest | {"snapshots": kept_snapshots}
+    elif good:
+        back = gone_back(manifest, good[-1])
+        findings.broken[name] = back | {"snapshots": kept_snapshots}
+    else:
+        findings.broken[name] = {}
+    return ids
+
+
+def _whole_counts(
+    kept: SavedContexts, name: str, manifest: Manifest, present: NDArray[np.int64]
+) -> tuple[list[int], NDArray[np.int64], str | None]:
+    """Return up to which block each stream is whole, the ids that were read, and what is wrong."""
+    whole = [0] * manifest["streams"]
+    open_streams, found = set(range(len(whole))), [np.empty(0, np.int64)]
+    fault: str | None = None
+    try:
+        for piece, record in zip(kept.past(name, manifest), manifest["past"], strict=True):
+            for s, stop in enumerate(record["stops"]):
+                ids = piece.get(f"ids.{s}", torch.empty(0, dtype=torch.int64)).numpy()
+                landmarks = piece.get(f"landmarks.{s}", torch.empty(0, manifest["landmark_dim"]))
+                found.append(ids)
+                lacking = np.flatnonzero(~np.isin(ids, present))
+                if s in open_streams and len(lacking):
+                    open_streams.discard(s)
+                    block = whole[s] + int(lacking[0])
+                    fault = (
+                        fault or f"stream {s}, block {block} (id {ids[lacking[0]]}) is not there"
+                    )
+                    whole[s] = block
+                elif s in open_streams:
+                    whole[s] += len(ids)
+                    if whole[s] != stop or not _sound(landmarks, len(ids), manifest):
+                        raise CorruptBlockError(f"a piece of stream {s} is not what it should be")
+        if not fault and whole != manifest["counts"]:
+            fault = f"it has {whole} blocks a stream, not {manifest['counts']}"
+    except (CorruptBlockError, SafetensorError, ValueError) as error:
+        fault = fault or str(error)
+    return whole, np.concatenate(found), fault
+
+
+def _sound(landmarks: torch.Tensor, count: int, manifest: dict[str, Any]) -> bool:
+    shape = (count, manifest["landmark_dim"])
+    return tuple(landmarks.shape) == shape and bool(landmarks.isfinite().all())
+
+
+def _fault_of_rest(kept: SavedContexts, name: str, manifest: Manifest) -> str | None:
+    try:
+        kept.rest(name, manifest)
+    except (CorruptBlockError, SafetensorError, ValueError) as error:
+        return str(error)
+    return None

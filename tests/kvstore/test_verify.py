@@ -1,0 +1,234 @@
+"""Damage is found, wherever it is, and repair keeps what is whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+from twin import LANDMARK, SIZE, Twin, reopened
+
+from kvstore import saved_contexts
+from kvstore.errors import CorruptBlockError, KVStoreError
+from kvstore.saved_contexts import numbers_of
+from kvstore.tiers import walk
+from kvstore.verify import repair, verify
+
+
+@pytest.fixture
+def kept(make_store, tmp_path, monkeypatch):
+    """A store with a context of three snapshots, a fork of it that went on, and one apart."""
+    monkeypatch.setattr(saved_contexts, "PIECE", 400)
+    store = make_store(tmp_path)
+    pasts: dict[str, Twin] = {}
+    main = Twin(store.context("main", streams=2, landmark_dim=LANDMARK))
+    for seed in range(3):
+        main.append([0, 1], 41, seed)
+        main.context.save(snapshot=True)
+        pasts[f"main {main.context.tokens(0)}"] = copy_of(main)
+    main.append([0, 1], 6, 3)
+    main.context.save()
+    fork = Twin(main.context.fork("fork"))
+    fork.planes, fork.marks = [list(p) for p in main.planes], list(main.marks)
+    fork.append([0, 1], 17, 4)
+    apart = Twin(store.context("apart", streams=1, landmark_dim=LANDMARK))
+    apart.append([0], 30, 5)
+    pasts |= {"main": copy_of(main), "fork": copy_of(fork), "apart": copy_of(apart)}
+    for twin in (main, fork, apart):
+        twin.context.close()
+    store.put_record(b"mine", b"a value of somebody else's")
+    return reopened(make_store, store), pasts
+
+
+def copy_of(twin: Twin) -> Twin:
+    copy = Twin(twin.context)
+    copy.planes, copy.marks = [list(p) for p in twin.planes], list(twin.marks)
+    return copy
+
+
+def same(store, name: str, twin: Twin) -> None:
+    twin.context = store.context(name)
+    try:
+        twin.check()
+    finally:
+        twin.context.close(save=False)
+
+
+def test_a_whole_store_has_nothing_to_report(kept):
+    store, _ = kept
+    seen: list[int] = []
+    found = verify(store, seen.append)
+    assert (found.damaged, found.broken, found.unreferenced) == ([], {}, 0)
+    assert found.contexts == 3
+    assert found.blocks == len(store) == seen[-1]
+    assert repair(store, found) == []
+    with store.context("apart"), pytest.raises(ValueError, match="no context is open"):
+        verify(store)
+
+
+def damage_block(store, make_store, block: int):
+    """Flip a bit of a block's frame in the file."""
+    frames = dict(store._disk.frames())
+    path = Path(store.config.directory) / "data.mdb"
+    store.close()
+    raw = bytearray(path.read_bytes())
+    at = raw.find(frames[block])
+    assert at > 0
+    raw[at + len(frames[block]) // 2] ^= 4
+    path.write_bytes(raw)
+    return make_store(store.config.directory, store.config.index)
+
+
+@pytest.mark.parametrize(
+    ("where", "main", "fork"),
+    [
+        (2, None, None),
+        (12, "main 41", "main 41"),
+        (25, "main 82", "main 82"),
+        (-1, "main", "main 123"),
+    ],
+)
+def test_a_damaged_block_cuts_back_those_who_have_it(kept, make_store, where, main, fork):
+    store, pasts = kept
+    manifest = store.kept.require("fork" if where < 0 else "main")
+    ids = np.split(store.kept.ids("x", manifest), np.cumsum(manifest["counts"])[:-1])
+    store = damage_block(store, make_store, int(ids[1][where]))
+    found = verify(store)
+    assert found.lost_blocks == [ids[1][where]]
+    assert sum("is damaged on disk: its checksum does not match" in w for w in found.damaged) == 1
+    assert set(found.broken) == ({"fork", "main"} if where > 0 else {"fork"})
+    words = repair(store, found)
+    assert len(words) == len(found.broken) + 1
+    again = verify(store)
+    assert (again.damaged, again.unreferenced) == ([], 0)
+    same(store, "apart", pasts["apart"])
+    for name, past in (("main", main), ("fork", fork)):
+        if past is None:
+            assert name not in store.kept
+        else:
+            same(store, name, pasts[past])
+    store.check()
+    assert store.get_record(b"mine")
+
+
+def test_a_damaged_rest_and_a_lost_piece(kept):
+    store, pasts = kept
+    manifest = store.kept.require("main")
+    store.put_record(b"piece/%012d" % manifest["rest"][0], None)
+    store.put_record(b"piece/%012d" % manifest["snapshots"][1]["rest"][0], b"no safetensors")
+    found = verify(store)
+    assert {name: bool(back) for name, back in found.broken.items()} == {"main": True, "fork": True}
+    assert any("lacks its piece" in words for words in found.damaged)
+    repair(store, found)
+    assert verify(store).damaged == []
+    same(store, "main", pasts["main 123"])
+    same(store, "fork", pasts["fork"])  # of it only a snapshot was damaged
+    assert store.kept.describe("fork").snapshots == 2
+
+
+def test_an_unreadable_manifest_goes_and_others_stay(kept):
+    store, pasts = kept
+    store.put_record(b"context/fork", b"{}")
+    store.put_record(b"context/other", b"\xff")
+    found = verify(store)
+    assert set(found.broken) == {"fork", "other"}
+    assert found.unreferenced == 2 * ((129 + 17) // SIZE - 129 // SIZE)
+    repair(store, found)
+    assert store.kept.names() == ["apart", "main"]
+    assert store.sweep() == found.unreferenced
+    for name in ("apart", "main"):
+        same(store, name, pasts[name])
+
+
+def test_repair_finds_nothing_in_a_store_of_blocks_alone(make_store, tmp_path):
+    from twin import SPEC, tokens
+
+    store = make_store(tmp_path)
+    ids = store.put([p.unflatten(1, (-1, SIZE))[0] for p in tokens(1, 80)])
+    store.flush()
+    store = damage_block(store, make_store, int(ids[3]))
+    found = verify(store)
+    assert found.unreferenced == 20
+    assert len(found.damaged) == 1
+    repair(store, found)
+    assert len(store) == 19
+    assert store.fetch(np.delete(ids, 3))[0].shape == (19, *SPEC.planes[0].shape)
+
+
+# The tree
+
+
+def test_the_tree_is_walked_before_a_store_is_opened(kept, make_store, monkeypatch):
+    store, _ = kept
+    directory = store.config.directory
+    store.close()
+    assert walk.walk(directory) is None
+    monkeypatch.setattr("kvstore.tiers.disk.walk", lambda path: "a process was killed by SIGBUS")
+    with pytest.raises(CorruptBlockError, match=r"is damaged: a process was killed by SIGBUS"):
+        make_store(directory)
+
+
+def test_a_killed_walker_is_told(kept, monkeypatch):
+    store, _ = kept
+    monkeypatch.setattr(walk.sys, "executable", "/bin/sh")
+    real = walk.subprocess.run
+
+    def killed(argv, **given):
+        return real(["/bin/sh", "-c", "kill -BUS $$"], **given)
+
+    monkeypatch.setattr(walk.subprocess, "run", killed)
+    assert (
+        walk.walk(store.config.directory)
+        == f"a process that read it was killed by {signal.SIGBUS.name}"
+    )
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_damage_anywhere_in_the_file_is_found_or_harmless(kept, make_store, seed):
+    """Each context is as it was, or opening it or its blocks says that it is damaged."""
+    store, pasts = kept
+    directory = Path(store.config.directory)
+    store.close()
+    path = directory / "data.mdb"
+    whole = path.read_bytes()
+    rng = random.Random(seed)
+    for _ in range(4):
+        raw = bytearray(whole)
+        at = rng.randrange(8192, len(raw))  # behind the two meta pages
+        kind = rng.randrange(3)
+        if kind == 0:
+            raw[at] ^= 1 << rng.randrange(8)
+        elif kind == 1:
+            raw[at : at + 4096] = bytes(len(raw[at : at + 4096]))
+        else:
+            other = rng.randrange(2, len(raw) // 4096) * 4096
+            raw[at - at % 4096 : at - at % 4096 + 4096] = raw[other : other + 4096]
+        path.write_bytes(raw)
+        try:
+            store = make_store(directory, store.config.index)
+        except (KVStoreError, ValueError):
+            continue
+        try:
+            for name in ("main", "fork", "apart"):
+                try:
+                    same(store, name, pasts[name])
+                except (KVStoreError, KeyError, ValueError):
+                    assert verify(store).damaged or name not in store.kept
+        finally:
+            try:
+                store.close(save=False)
+            except KVStoreError:
+                store.close()
+
+
+def test_json_of_manifests_is_plain(kept):
+    store, _ = kept
+    manifest = store.kept.require("main")
+    assert json.loads(json.dumps(manifest)) == manifest
+    numbers = {int(key[len(b"piece/") :]) for key in store.record_keys(b"piece/")}
+    assert set(numbers_of(manifest)) <= numbers
+    assert os.stat(Path(store.config.directory) / "data.mdb").st_mode & 0o777 == 0o600

@@ -659,13 +659,30 @@ def _hold_directory(directory: Path) -> int:
         if not os.access(directory, os.W_OK | os.X_OK):
             raise ValueError(f"cannot use {directory} as a store: it is not writable")
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _write_owner(directory)
     except BlockingIOError:
         os.close(handle)
-        raise ValueError(f"the store in {directory} is in use") from None
+        raise ValueError(f"the store in {directory} is in use{_owner(directory)}") from None
     except BaseException:
         os.close(handle)
         raise
     return handle
+
+
+def _write_owner(directory: Path) -> None:
+    """Note who has the store open, for those who find it locked; the lock is not this file."""
+    path = directory / "owner"
+    with contextlib.suppress(OSError):  # such as on a full disk
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, stat.S_IRUSR | stat.S_IWUSR)
+        with os.fdopen(handle, "w") as file:
+            file.write(f"{os.getpid()}\n")
+
+
+def _owner(directory: Path) -> str:
+    try:
+        return f" by process {int((directory / 'owner').read_text())}"
+    except (OSError, ValueError):
+        return ""
 
 
 def _pack_bounds(sizes: npt.NDArray[np.int64], pack_bytes: int) -> list[tuple[int, int]]:

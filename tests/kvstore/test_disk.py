@@ -400,7 +400,7 @@ def test_a_read_only_directory_is_refused(tmp_path):
 
 
 def test_a_store_in_use_is_refused(tier, directory):
-    with pytest.raises(ValueError, match="in use"):
+    with pytest.raises(ValueError, match=f"in use by process {os.getpid()}"):
         DiskTier(directory, SPEC, CAPACITY)
     tier.close()
     DiskTier(directory, SPEC, CAPACITY).close()

@@ -1,0 +1,190 @@
+"""What keeping a context costs: asking again, forks, verifying, checksums, writes that are synced.
+
+Asking is measured as a person has it: `kvstore ask` in a process of its own, from before the store
+is opened to the first byte of the answer. The rest are pairs measured in turn; medians are reported.
+
+python -m bench.kept
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import lmdb
+import torch
+import xxhash
+import zstandard
+
+from bench.tiers import keys_and_values
+from kvstore.block import BlockSpec
+from kvstore.codec import Codec
+from kvstore.config import StoreConfig
+from kvstore.store import Store
+from model import haystack
+
+MIB = 2**20
+
+
+def kvstore(*argv: object) -> dict[str, Any]:
+    """Run a command; return the JSON of its last line."""
+    ran = subprocess.run(
+        [sys.executable, "-m", "kvstore.cli.main", *map(str, argv), "--json"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    figures: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
+    return figures
+
+
+def asking(tokens: int, n: int, place: Path) -> dict[str, Any]:
+    """Keep a context of library source, then ask it in processes of their own, and fork it."""
+    text, store = place / "text", place / f"store-{tokens}"
+    text.write_bytes(haystack.source_text(tokens, seed=1))
+    answer = ("--prompt", "def ", "--max-new-tokens", 8)
+    run = kvstore("run", "--store", store, "--context", "a", "--text", text, *answer)
+    asked = [kvstore("ask", store, "a", *answer) for _ in range(n)]
+    forks = []
+    with Store.open(store, StoreConfig(device="cpu")) as opened:
+        for i in range(20):
+            began = time.perf_counter()
+            opened.kept.fork("a", f"fork {i}")
+            forks.append(time.perf_counter() - began)
+    return {
+        "tokens": tokens,
+        "read_seconds": run["prefill_seconds"],
+        "first_token_seconds": statistics.median(a["first_token_seconds"] for a in asked),
+        "decode_ms_per_token": statistics.median(a["decode_ms_per_token"] for a in asked),
+        "same_answer": all(a["answer"] == run["answer"] for a in asked),
+        "fork_ms": 1e3 * statistics.median(forks),
+        "n": n,
+    }
+
+
+def verifying(spec: BlockSpec, n: int, place: Path) -> dict[str, Any]:
+    """`Store.verify` against reading the same values from LMDB and decompressing their frames."""
+    blocks = 128 * MIB // spec.nbytes
+    directory = place / f"verify-{spec.nbytes}"
+    header = Codec(spec).header_nbytes
+    times: tuple[list[float], list[float], list[float]] = ([], [], [])
+    with Store(spec, StoreConfig(hot="8MiB", warm="16MiB", directory=directory)) as store:
+        for start in range(0, blocks, 256):
+            store.put(keys_and_values(min(256, blocks - start), spec))
+        store.flush()
+        frames = [frame for _, frame in store._disk.frames()] if store._disk else []
+        other = place / f"bare-{spec.nbytes}"
+        with lmdb.open(str(other), map_size=1 << 32, sync=False) as env:
+            with env.begin(write=True) as transaction:
+                for i, frame in enumerate(frames):
+                    transaction.put(i.to_bytes(8, "big"), frame, append=True)
+            decompressor = zstandard.ZstdDecompressor()
+            for _ in range(n):
+                began = time.perf_counter()
+                assert store.verify() == {}
+                times[0].append(time.perf_counter() - began)
+                began = time.perf_counter()
+                with env.begin(buffers=True) as transaction:
+                    for _, value in transaction.cursor():
+                        decompressor.decompress(value[header:])
+                times[1].append(time.perf_counter() - began)
+                began = time.perf_counter()
+                for frame in frames:
+                    xxhash.xxh3_64_intdigest(frame)
+                times[2].append(time.perf_counter() - began)
+        ids = store.ids()
+        fetches = []
+        for start in range(0, len(ids) - 128, 128 * 8):
+            began = time.perf_counter()
+            store.fetch(ids[start : start + 128])
+            fetches.append((time.perf_counter() - began) / 128)
+    size = blocks * spec.nbytes
+    verify, bare, hashing = (statistics.median(each) for each in times)
+    return {
+        "block_bytes": spec.nbytes,
+        "verify_gb_s": size / verify / 1e9,
+        "bare_gb_s": size / bare / 1e9,
+        "ratio": bare / verify,
+        "checksum_share_of_a_cold_fetch": hashing / blocks / statistics.median(fetches),
+        "n": n,
+    }
+
+
+def syncing(spec: BlockSpec, n: int, place: Path) -> dict[str, Any]:
+    """Ingest of a kept store, whose writes are synced, against that of a temporary one."""
+    blocks, batch = 64 * MIB // spec.nbytes, 2 * MIB // spec.nbytes
+    planes = keys_and_values(blocks, spec)
+    times: tuple[list[float], list[float]] = ([], [])
+    for turn in range(n):
+        for kept, spent in zip((True, False), times, strict=True):
+            directory = place / f"sync-{spec.nbytes}-{turn}" if kept else None
+            with Store(spec, StoreConfig(hot="8MiB", warm="16MiB", directory=directory)) as store:
+                began = time.perf_counter()
+                for start in range(0, blocks, batch):
+                    store.put([plane[start : start + batch] for plane in planes])
+                store.flush()
+                spent.append(time.perf_counter() - began)
+            if directory:
+                shutil.rmtree(directory)
+    size = blocks * spec.nbytes
+    ratios = [b / a for a, b in zip(*times, strict=True)]
+    return {
+        "block_bytes": spec.nbytes,
+        "synced_gb_s": size / statistics.median(times[0]) / 1e9,
+        "unsynced_gb_s": size / statistics.median(times[1]) / 1e9,
+        "ratio": statistics.median(ratios),
+        "n": n,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.kept",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--tokens", type=int, nargs="+", default=[2**16, 2**20])
+    parser.add_argument("--n", type=int, default=5, help="how often each is measured")
+    args = parser.parse_args()
+    report: dict[str, Any] = {"bench": "kept", "asking": [], "verifying": [], "syncing": []}
+    place = Path(tempfile.mkdtemp(prefix="kept-"))
+    try:
+        for tokens in args.tokens:
+            row = asking(tokens, args.n, place)
+            report["asking"].append(row)
+            print(
+                f"{tokens:>10,} tokens: read in {row['read_seconds']:.1f} s; first token after "
+                f"{row['first_token_seconds']:.2f} s, then {row['decode_ms_per_token']:.1f} ms "
+                f"each, the same answer: {row['same_answer']}; fork {row['fork_ms']:.1f} ms"
+            )
+        torch.set_num_threads(1)
+        for kib in (8, 32):
+            spec = BlockSpec.kv(kib * 1024 // 256, 64)
+            row = verifying(spec, args.n, place)
+            report["verifying"].append(row)
+            print(
+                f"{kib:>3} KiB: verify {row['verify_gb_s']:.2f} GB/s, LMDB and zstd "
+                f"{row['bare_gb_s']:.2f}, ratio {row['ratio']:.2f}; checksums are "
+                f"{row['checksum_share_of_a_cold_fetch']:.1%} of a cold fetch"
+            )
+            row = syncing(spec, args.n, place)
+            report["syncing"].append(row)
+            print(
+                f"{kib:>3} KiB: ingest synced {row['synced_gb_s']:.2f} GB/s, not "
+                f"{row['unsynced_gb_s']:.2f}, ratio {row['ratio']:.2f}"
+            )
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,37 @@
+"""Killed processes and damaged files: nothing saved is lost, nothing wrong is read."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def faults(kills: int, damages: int, seed: int) -> None:
+    argv = ["--kills", kills, "--damages", damages, "--seed", seed]
+    ran = subprocess.run(
+        [sys.executable, "-m", "bench.faults", *map(str, argv)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    report = json.loads(ran.stdout.splitlines()[-1])
+    assert report["kills"]["kills"] == kills
+    assert report["kills"]["faults"] == report["damages"]["faults"] == []
+    assert sum(report["damages"]["came"].values()) == damages
+
+
+def test_a_few_kills_and_damages() -> None:
+    faults(8, 10, 1)
+
+
+@pytest.mark.slow
+def test_a_hundred_kills_and_damages() -> None:
+    faults(100, 100, 2)

@@ -1,7 +1,8 @@
 """What keeping a context costs: asking again, forks, verifying, checksums, writes that are synced.
 
 Asking is measured as a person has it: `kvstore ask` in a process of its own, from before the store
-is opened to the first byte of the answer. The rest are pairs measured in turn; medians are reported.
+is opened to the first byte of the answer. The rest are pairs measured in turn; medians are
+reported.
 
 python -m bench.kept
 """

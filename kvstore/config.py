@@ -163,6 +163,8 @@ class StoreConfig:
     staging: bytes of host buffers for blocks on their way between disk and memory.
     trace: file that records every access (see docs/trace.md); None: none.
     index: how landmarks are searched.
+    read_only: open a store that is kept in `directory` beside the process that writes to it, if
+        there is one. What is put stays in memory, and nothing is kept.
 
     A setting that makes no sense raises ValueError here; that a tier holds at least one block is
     known, and checked, when the store is made.
@@ -178,8 +180,11 @@ class StoreConfig:
     staging: Converted[int | str, int] = Converted(_capacity, "16MiB")
     trace: Converted[str | PathLike[str] | None, Path | None] = Converted(_optional_path, None)
     index: IndexConfig = IndexConfig()
+    read_only: bool = False
 
     def __post_init__(self) -> None:
+        if self.read_only and self.directory is None:
+            raise ValueError("read_only: there is nothing to read without a directory")
         if self.cold is None and self.directory is not None:
             raise ValueError(
                 f"directory: {str(self.directory)!r} would stay empty, because cold is None; "

@@ -63,8 +63,9 @@ class Context:
             check_name(name)
         self.store: Store = store
         self.name = name
-        self._kept = name is not None and store.config.directory is not None
-        manifest = store.kept.manifest(name) if self._kept and name is not None else None
+        of_disk = name is not None and store.config.directory is not None
+        self._kept = of_disk and not store.config.read_only
+        manifest = store.kept.manifest(name) if of_disk and name is not None else None
         if streams is None or landmark_dim is None:
             if manifest is None:
                 raise KeyError(
@@ -258,7 +259,10 @@ class Context:
         """
         self._check()
         if not self._kept or self.name is None:
-            raise ValueError("only a context with a name, in a store with a directory, is kept")
+            raise ValueError(
+                "only a context with a name, in a store with a directory that is not only read, "
+                "is kept"
+            )
         self.store.flush()
         counts = self._map.counts
         manifest: Manifest = {
@@ -369,7 +373,9 @@ class Context:
         """End it without its blocks that nobody else has."""
         self._end()
         free, shared = self._map.release()
-        if len(shared):
+        if self.store.config.read_only:
+            shared = shared[:0]  # they are its writer's
+        elif len(shared):
             try:
                 shared = shared[~np.isin(shared, self.store.kept.used_ids())]
             except CorruptBlockError:  # who else has them cannot be read: they stay

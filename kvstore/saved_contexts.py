@@ -225,6 +225,12 @@ class SavedContexts:
             manifest = gone_back(manifest, snapshot)
         self._put(new, manifest | {"created": time.time()})
 
+    def note(self, name: str, **info: Any) -> None:
+        """Add plain values to what a context's owner keeps with it. Errors as for `rename`."""
+        manifest = self.require(name)
+        self._require_closed(name)
+        self._put(name, manifest | {"info": manifest["info"] | info})
+
     def rename(self, name: str, new: str) -> None:
         """Give a context another name; errors as for `fork`, and ValueError if it is open."""
         manifest = self.require(name)

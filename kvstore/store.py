@@ -94,6 +94,10 @@ class Store:
                 f"cold: {config.cold} bytes hold no block of {spec.nbytes} bytes; give more, "
                 "or None for no disk tier"
             )
+        if config.read_only and config.warm < spec.nbytes:
+            raise ValueError(
+                "warm: a store that is only read keeps in it what is new; give it more"
+            )
         with ExitStack() as stack:
             disk = _open_disk(spec, config, stack)
             self._recorder = Recorder(_open_trace(spec, config, stack))
@@ -268,7 +272,7 @@ class Store:
         if self._writer is not None:
             with self._guard:
                 self._writer.flush()
-        if self._disk is not None:
+        if self._disk is not None and not self.config.read_only:
             self._disk.sync()
 
     def context(
@@ -500,9 +504,15 @@ def _open_disk(spec: BlockSpec, config: StoreConfig, stack: ExitStack) -> DiskTi
         directory = Path(tempfile.mkdtemp(prefix="kvstore-"))
         stack.callback(shutil.rmtree, directory, ignore_errors=True)
     # What is kept must survive a loss of power; what is temporary would not survive it anyway.
-    disk = DiskTier(directory, spec, config.cold, durable=config.directory is not None)
+    disk = DiskTier(
+        directory,
+        spec,
+        config.cold,
+        durable=config.directory is not None,
+        read_only=config.read_only,
+    )
     stack.callback(disk.close)
-    if config.directory is not None:
+    if config.directory is not None and not config.read_only:
         write_spec(directory, spec)
     return disk
 

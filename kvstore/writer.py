@@ -11,7 +11,7 @@ from queue import SimpleQueue
 import numpy as np
 
 from kvstore.config import StoreConfig
-from kvstore.errors import KVStoreError, WriteFailedError
+from kvstore.errors import KVStoreError, StoreFullError, WriteFailedError
 from kvstore.jobs import Crew, WriteJob
 from kvstore.mover import Mover
 from kvstore.residency import Ids
@@ -33,11 +33,15 @@ class Writer:
     what is deleted before never costs a write. Two batches for each worker are under way at most.
 
     failure: what went wrong and was not raised yet. After it nothing is begun unasked.
+
+    For a store that is only read it writes nothing: what is put stays in memory, while there is
+    room.
     """
 
     def __init__(
         self, mover: Mover, disk: DiskTier, config: StoreConfig, crew: Crew, stats: StoreStats
     ) -> None:
+        self._read_only = config.read_only
         self._mover = mover
         self._disk = disk
         self._crew = crew
@@ -83,6 +87,13 @@ class Writer:
         # Not for one slot at a time: a quarter of warm, or all that was asked for.
         enough = min(n, max(1, self._mover.warm.slots // 4))
         while self.room() < enough:
+            if self._read_only:
+                if self.room():
+                    break
+                raise StoreFullError(
+                    f"warm is full: {self._mover.unsaved} new blocks are in memory, and a store "
+                    "that is only read writes none to disk; give warm more"
+                )
             self._stats.write_waits += 1
             self._begin(0)
             self._await_one()
@@ -94,7 +105,7 @@ class Writer:
 
     def run(self) -> None:
         """Begin what is due."""
-        if not self._stopped:
+        if not self._stopped and not self._read_only:
             self._begin(self._quiet)
 
     def resume(self) -> None:
@@ -103,6 +114,8 @@ class Writer:
 
     def flush(self) -> None:
         """Write everything and wait; raises what goes wrong."""
+        if self._read_only:
+            return
         # Also for batches of blocks that were deleted meanwhile: what they write must go again.
         while self._mover.unsaved or self._jobs:
             self._begin(0)

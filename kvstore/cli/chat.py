@@ -38,7 +38,7 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
 def main(args: argparse.Namespace) -> int:
     """Do what the command line says and return the exit code."""
     from kvstore.cli.screen import Screen
-    from kvstore.cli.session import opened, resume
+    from kvstore.cli.session import note_asked, opened, resume
 
     with opened(args, resume) as session:
         screen = Screen(args.json)
@@ -48,6 +48,7 @@ def main(args: argparse.Namespace) -> int:
                 screen.report(session.report(answer))
         if not args.json:
             screen.report(session.report(None))
+    note_asked(args)
     return 0
 
 

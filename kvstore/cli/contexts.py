@@ -57,7 +57,8 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
 def main(args: argparse.Namespace) -> int:
     """Do what the command line says and return the exit code."""
     with checking_input():
-        store = open_to_look(args)
+        # A list can be had while somebody else has the store.
+        store = open_to_look(args, read_only=args.change is None)
     with store:
         swept = None
         with checking_input():
@@ -80,13 +81,21 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def open_to_look(args: argparse.Namespace) -> Store:
+def open_to_look(args: argparse.Namespace, read_only: bool = False) -> Store:
     """Open the store that `args` names with the least of memory: nothing of it is fetched."""
     from kvstore import Store, StoreConfig
     from kvstore.tiers.spec_file import read_spec
 
-    hot = read_spec(Path(args.store)).nbytes
-    return Store.open(args.store, StoreConfig(hot=hot, warm=1, cold=args.cold, device="cpu"))
+    nbytes = read_spec(Path(args.store)).nbytes
+    config = StoreConfig(
+        hot=nbytes,
+        warm=nbytes,
+        cold=args.cold,
+        device="cpu",
+        directory=args.store,
+        read_only=read_only,
+    )
+    return Store.open(args.store, config)
 
 
 def _show(found: list[KeptContext]) -> None:

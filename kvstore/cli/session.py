@@ -8,20 +8,22 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kvstore import BlockSpec, Context, Store
+from kvstore import BlockSpec, Context, KVStoreError, Store, StoreConfig
 from kvstore.cli import options
 from kvstore.cli.memory import PeakMemory
 from kvstore.cli.report import Index, Report, Tier
 from kvstore.cli.text_chain import TextChain
 from kvstore.cli.usage import checking_input
 from kvstore.saved_contexts import SavedContexts
+from kvstore.tiers.spec_file import read_spec
 from model import checkpoint
 from model.generate import Sampling, generate, prefill
 from model.stream import Retrieval, Stream
@@ -82,7 +84,7 @@ class Session:
         self._memory = memory
         self._chain = chain
         self._began = began
-        self._kept = self._context.name is not None
+        self._kept = self._context.name is not None and not self._store.config.read_only
         self._read_tokens = self._reused_tokens = 0
         self._prefill_seconds = 0.0
         self._first_token_seconds: float | None = None
@@ -126,8 +128,6 @@ class Session:
         self._stream.reads.clear()
         began = time.perf_counter() if self._began is None else self._began
         self._began = self._first_token_seconds = None
-        if self._kept:
-            self._context.info["asked"] = time.time()
         for piece in generate(self._stream, prompt, self._sampling):
             if self._first_token_seconds is None:
                 self._first_token_seconds = time.perf_counter() - began
@@ -266,7 +266,8 @@ def resume(args: argparse.Namespace, stack: ExitStack) -> Session:
     args: of options.add_kept, add_store and add_answer. KeyError where there is no such context.
     """
     began = time.perf_counter()
-    config = options.store_config(args)
+    # Only to read, so that several may ask at once, beside one who writes.
+    config = replace(options.store_config(args), read_only=not args.append)
     sampling = options.sampling(args)
     memory = stack.enter_context(PeakMemory())
     store = stack.enter_context(Store.open(args.store, config))
@@ -280,6 +281,15 @@ def resume(args: argparse.Namespace, stack: ExitStack) -> Session:
     retrieval = Retrieval(**info["retrieval"])
     chain = TextChain.from_json(info["text"])
     return Session(ClockedStream(model, context, retrieval), sampling, memory, chain, began)
+
+
+def note_asked(args: argparse.Namespace) -> None:
+    """Let a kept context say when it was asked last, unless somebody else has the store."""
+    with suppress(ValueError, KeyError, KVStoreError):
+        spec = read_spec(Path(args.store))
+        config = StoreConfig(hot=spec.nbytes, warm=1, cold=args.cold, device="cpu")
+        with Store.open(args.store, config) as store:
+            store.kept.note(args.context, asked=time.time())
 
 
 @contextmanager

@@ -81,14 +81,16 @@ class DiskTier:
         capacity_bytes: int,
         *,
         durable: bool = False,
+        read_only: bool = False,
     ) -> None:
         """Open the tier in `directory`, made if it is not there.
 
         capacity_bytes: what its files may take together, at every moment. durable: each write is
         on the disk when it returns; without it, when `sync` has, and a loss of power before that
-        may lose the whole file. Raises ValueError where the directory cannot be used, belongs to
-        another process, or holds another format or specification, or where `capacity_bytes` is too
-        small; CorruptBlockError where the file is damaged.
+        may lose the whole file. read_only: beside another process that may be writing; what that
+        one deletes is not found any more. Raises ValueError where the directory cannot be used,
+        belongs to another process, or holds another format or specification, or where
+        `capacity_bytes` is too small; CorruptBlockError where the file is damaged.
         """
         self._codec = Codec(spec)
         self.directory = Path(directory)
@@ -103,11 +105,13 @@ class DiskTier:
         # Packs with deleted blocks in them -> how many others they have; None until it is needed.
         self._loose: dict[int, int] | None = None
         self._check_capacity()
-        self._hold = _hold_directory(self.directory)
+        self._read_only = read_only
+        self._hold = None if read_only else _hold_directory(self.directory)
         try:
             self._open(durable)
         except BaseException:
-            os.close(self._hold)
+            if self._hold is not None:
+                os.close(self._hold)
             raise
 
     # Blocks
@@ -303,12 +307,14 @@ class DiskTier:
             self._closed = True
             self._idle.wait_for(lambda: self._operations == 0)
         try:
-            self._env.sync(True)
+            if not self._read_only:
+                self._env.sync(True)
         finally:
             self._env.close()
-            # Unlocked, not only closed: a forked child may hold the lock too.
-            fcntl.flock(self._hold, fcntl.LOCK_UN)
-            os.close(self._hold)
+            if self._hold is not None:
+                # Unlocked, not only closed: a forked child may hold the lock too.
+                fcntl.flock(self._hold, fcntl.LOCK_UN)
+                os.close(self._hold)
 
     # Opening
 
@@ -341,19 +347,23 @@ class DiskTier:
                 mode=stat.S_IRUSR | stat.S_IWUSR,
                 sync=durable,
                 metasync=durable,
+                readonly=self._read_only,
+                create=not self._read_only,
             )
         except (lmdb.InvalidError, lmdb.CorruptedError, lmdb.VersionMismatchError) as error:
             raise self._damaged(error) from None
         except (lmdb.Error, OSError) as error:
             raise ValueError(f"cannot open a store in {self.directory}: {error}") from None
         try:
-            self._fill_short_file(path)
+            if not self._read_only:
+                self._fill_short_file(path)
+                self._env.reader_check()  # those of processes that were killed
             if held and (fault := walk(self.directory)):
                 raise self._damaged(fault)
-            with self._env.begin(write=True) as transaction:
+            with self._env.begin(write=not self._read_only) as transaction:
                 self._check_format(transaction)
             self._packs, self._directory, self._records = (
-                self._env.open_db(name) for name in _TABLES
+                self._env.open_db(name, create=not self._read_only) for name in _TABLES
             )
         except lmdb.Error as error:
             self._env.close()
@@ -376,7 +386,7 @@ class DiskTier:
         wanted = {"format": FORMAT_VERSION, "planes": self._codec.description}
         value = _held(transaction, _FORMAT_KEY)
         if not value:
-            if transaction.stat()["entries"]:
+            if transaction.stat()["entries"] or self._read_only:
                 raise ValueError(f"{self.directory} holds an LMDB file that is no store")
             transaction.put(_FORMAT_KEY, _seal(_FORMAT_KEY, json.dumps(wanted).encode()))
             self._next_pack = self._blocks = 0
@@ -459,6 +469,8 @@ class DiskTier:
 
         plan: returns the change, given how large its packs should be. pages: what it needs.
         """
+        if self._read_only:
+            raise ValueError(f"the store in {self.directory} was opened to be read only")
         pack_bytes = _PACK_BYTES
         retries = iter(_RETRIED_PACK_BYTES)
         while True:

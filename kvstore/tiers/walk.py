@@ -37,9 +37,7 @@ def walk(directory: Path) -> str | None:
 def _walk_here(directory: str) -> None:
     """Read every key and both ends of every value; raise lmdb.Error where that makes no sense."""
     size = os.path.getsize(os.path.join(directory, "data.mdb"))
-    with lmdb.open(
-        directory, readonly=True, lock=False, max_dbs=len(_TABLES), map_size=size
-    ) as env:
+    with lmdb.open(directory, readonly=True, max_dbs=len(_TABLES), map_size=size) as env:
         for name in _TABLES:
             try:
                 table = env.open_db(name, create=False) if name else None

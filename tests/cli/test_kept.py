@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -311,3 +314,36 @@ def test_a_chain_knows_what_begins_with_it(size: int) -> None:
             wrong = bytearray(text)
             wrong[at] ^= 1
             assert not chain.begins(bytes(wrong))
+
+
+def test_several_ask_beside_one_who_writes(
+    keep: Kvstore, ask: Kvstore, store: Path, weights: Path
+) -> None:
+    keep("a")
+    answer = ask("a").figures["answer"]
+    from kvstore import Store, StoreConfig
+
+    argv = ["ask", store, "a", *ASKED, *SMALL, "--json"]
+    command = [sys.executable, "-m", "kvstore.cli.main", *map(str, argv)]
+    with Store.open(store, StoreConfig(cold="64MiB", device="cpu")) as writer:
+        asking = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+        with writer.context("b", streams=2, landmark_dim=16) as context:
+            for _ in range(50):
+                planes = [torch.randn(2, 64, 16).bfloat16() for _ in "kv"]
+                context.append(slice(None), planes, torch.randn(2, 2, 16))
+                context.save()
+        for each in asking:
+            out, _ = each.communicate(timeout=60)
+            assert each.returncode == 0
+            assert json.loads(out)["answer"] == answer
+        listing = [sys.executable, "-m", "kvstore.cli.main", "contexts", str(store), "--json"]
+        out = subprocess.run(
+            [*listing, "--cold", "64MiB"], capture_output=True, text=True, check=True
+        ).stdout
+        assert [each["name"] for each in json.loads(out)["contexts"]] == ["a", "b"]
+        refused = subprocess.run(
+            [*command[:-1], "--append"], capture_output=True, text=True, check=False
+        )
+        assert refused.returncode == 2
+        assert f"is in use by process {os.getpid()}" in refused.stderr
+    assert ask("a").figures["answer"] == answer

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 from twin import LANDMARK, SIZE, SPEC, Twin, marks_of, past, reopened, tokens
 
 from kvstore import saved_contexts
-from kvstore.config import IndexConfig
+from kvstore.config import IndexConfig, StoreConfig
 from kvstore.errors import CorruptBlockError, StoreClosedError, StoreFullError
+from kvstore.store import Store
 
 
 def keep(store, name: str, t: int, seed: int = 1, **given) -> Twin:
@@ -457,3 +460,80 @@ def test_kept_contexts_share_blocks(make_store, tmp_path, order):
     second.context.delete()
     assert not len(store)
     assert not store.record_keys()
+
+
+def test_a_store_that_is_only_read_changes_nothing(make_store, tmp_path):
+    store = make_store(tmp_path)
+    twin = keep(store, "a", 20)
+    twin.context.close()
+    store.close()
+    before = (tmp_path / "data.mdb").read_bytes()
+    config = replace(store.config, read_only=True, warm=4 * SPEC.nbytes, hot=8 * SPEC.nbytes)
+    with Store.open(tmp_path, config) as reader:
+        twin.context = reader.context("a")
+        twin.check()
+        fork = twin.fork()
+        fork.append([0, 1], 2 * SIZE, 2)
+        fork.check()
+        with pytest.raises(StoreFullError, match="warm is full: 4 new blocks are in memory"):
+            fork.append([0, 1], 2 * SIZE, 3)
+        fork.check()
+        reader.check()
+        with pytest.raises(ValueError, match="is not only read"):
+            twin.context.save()
+        for change in (
+            lambda: reader.kept.fork("a", "b"),
+            lambda: reader.kept.note("c", asked=1),
+            lambda: reader.put_record(b"x", b"y"),
+        ):
+            with pytest.raises((ValueError, KeyError), match=r"read only|no context"):
+                change()
+        with pytest.raises(KeyError):
+            reader.context("b")
+        fork.context.close()
+        fork = twin.fork()  # its room is free again
+        fork.append([0, 1], 2 * SIZE, 4)
+        fork.check()
+    assert (tmp_path / "data.mdb").read_bytes() == before
+    with pytest.raises(ValueError, match="nothing to read without a directory"):
+        StoreConfig(read_only=True)
+    with pytest.raises(ValueError, match="warm: a store that is only read"):
+        Store.open(tmp_path, replace(config, warm=1))
+    with pytest.raises(ValueError, match="nowhere"):
+        Store(SPEC, replace(config, directory=tmp_path / "nowhere"))
+
+
+def test_what_the_writer_removes_is_no_longer_found(make_store, tmp_path):
+    """Never another block's bytes, whatever takes the place of those removed."""
+    store = make_store(tmp_path)
+    twin = keep(store, "a", 400)
+    twin.context.close()
+    store.close()
+    ours, theirs = multiprocessing.Pipe()
+    child = multiprocessing.get_context("fork").Process(
+        target=read_beside, args=(tmp_path, store.config, twin.planes, theirs)
+    )
+    child.start()
+    assert ours.recv() == "opened"
+    store = make_store(tmp_path)
+    store.kept.delete("a")
+    keep(store, "b", 800, 7).context.close()
+    ours.send("removed")
+    assert ours.recv() == "CorruptBlockError"
+    child.join()
+
+
+def read_beside(directory, config, planes, told) -> None:
+    torch.set_num_threads(1)
+    config = replace(config, read_only=True, hot=8 * SPEC.nbytes, warm=4 * SPEC.nbytes)
+    with Store.open(directory, config) as reader:
+        twin = Twin(reader.context("a"))
+        twin.planes, twin.marks = planes, [reader.contexts["a"].index.landmarks(s) for s in (0, 1)]
+        twin.check()
+        told.send("opened")
+        told.recv()
+        try:
+            twin.check()
+            told.send("nothing")
+        except Exception as error:
+            told.send(type(error).__name__)

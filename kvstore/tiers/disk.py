@@ -1,7 +1,7 @@
 """The cold tier: frames in an LMDB file of bounded size.
 
-Owns the file, its packs and records (docs/format.md); only it and walk.py import lmdb. It never
-decides what is stored or dropped, and keeps no table from block to place: its owner does.
+Owns the file, its packs and records (docs/format.md), and is the only file that imports lmdb. It
+never decides what is stored or dropped, and keeps no table from block to place: its owner does.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import xxhash
 from kvstore.block import BlockSpec
 from kvstore.codec import Bytes2D, Codec, Ids
 from kvstore.errors import CorruptBlockError, StoreClosedError, StoreFullError, WriteFailedError
-from kvstore.tiers.walk import walk
+from kvstore.tiers.tree import fault_of
 
 FORMAT_VERSION = 1
 
@@ -57,6 +57,7 @@ _RECLAIMED_PAGES = 16  # copied in one transaction
 # enough of them that do not lie side by side.
 _RETRIED_PACK_BYTES = (_PACK_BYTES, _PACK_BYTES, _PACK_BYTES // 4, 1)
 _READ_PATIENCE_SECONDS = 2.0
+_TRIES = 100  # to look at a tree between two commits of another process
 
 _bounds = struct.Struct("<II").unpack_from  # where a frame lies in its pack, from the pack's table
 _Change = Callable[[lmdb.Transaction], None]
@@ -358,8 +359,8 @@ class DiskTier:
             if not self._read_only:
                 self._fill_short_file(path)
                 self._env.reader_check()  # those of processes that were killed
-            if held and (fault := walk(self.directory)):
-                raise self._damaged(fault)
+            if held:
+                self._check_tree(path)
             with self._env.begin(write=not self._read_only) as transaction:
                 self._check_format(transaction)
             self._packs, self._directory, self._records = (
@@ -371,6 +372,19 @@ class DiskTier:
         except BaseException:
             self._env.close()
             raise
+
+    def _check_tree(self, path: Path) -> None:
+        """Look at all pages before LMDB follows them, or writes by what they say."""
+        for _ in range(_TRIES):
+            with self._env.begin() as transaction:  # what it sees stays in place until it ends
+                number = transaction.id() if self._read_only else None
+                fault = fault_of(path, number)
+                if not fault:
+                    return
+                if not self._read_only or self._env.info()["last_txnid"] == number:
+                    break
+            # A writer has gone on meanwhile: where the tree begins may be overwritten.
+        raise self._damaged(f"its tree: {fault}")
 
     def _fill_short_file(self, path: Path) -> None:
         """Give a file that was cut short its length again.

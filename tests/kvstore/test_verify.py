@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ from twin import LANDMARK, SIZE, Twin, reopened
 from kvstore import saved_contexts
 from kvstore.errors import CorruptBlockError, KVStoreError
 from kvstore.saved_contexts import numbers_of
-from kvstore.tiers import walk
+from kvstore.tiers.tree import fault_of
 from kvstore.verify import repair, verify
 
 
@@ -162,29 +161,52 @@ def test_repair_finds_nothing_in_a_store_of_blocks_alone(make_store, tmp_path):
 # The tree
 
 
-def test_the_tree_is_walked_before_a_store_is_opened(kept, make_store, monkeypatch):
-    store, _ = kept
-    directory = store.config.directory
+def test_a_whole_tree_makes_sense_at_any_time(make_store, tmp_path):
+    """With pages freed and used again, large values, and while it is open."""
+    store = make_store(tmp_path)
+    path = tmp_path / "data.mdb"
+    rng = random.Random(0)
+    for i in range(30):
+        with store.context(f"c{rng.randrange(5)}", streams=2, landmark_dim=LANDMARK) as context:
+            twin = Twin(context)
+            twin.append([0, 1], rng.randrange(1, 400), i)
+        if i % 3 == 0:
+            store.kept.delete(rng.choice(store.kept.names()))
+        store.put_record(b"large", bytes(rng.randrange(100_000)))
+        assert fault_of(path) is None
     store.close()
-    assert walk.walk(directory) is None
-    monkeypatch.setattr("kvstore.tiers.disk.walk", lambda path: "a process was killed by SIGBUS")
-    with pytest.raises(CorruptBlockError, match=r"is damaged: a process was killed by SIGBUS"):
-        make_store(directory)
+    assert fault_of(path) is None
 
 
-def test_a_killed_walker_is_told(kept, monkeypatch):
+def test_what_makes_no_sense_in_a_tree(kept, make_store):
+    """Every byte of branch and leaf pages that LMDB goes by."""
     store, _ = kept
-    monkeypatch.setattr(walk.sys, "executable", "/bin/sh")
-    real = walk.subprocess.run
-
-    def killed(argv, **given):
-        return real(["/bin/sh", "-c", "kill -BUS $$"], **given)
-
-    monkeypatch.setattr(walk.subprocess, "run", killed)
-    assert (
-        walk.walk(store.config.directory)
-        == f"a process that read it was killed by {signal.SIGBUS.name}"
-    )
+    directory = Path(store.config.directory)
+    store.close()
+    path = directory / "data.mdb"
+    whole = path.read_bytes()
+    leaves = [
+        page
+        for page in range(2, len(whole) // 4096)
+        if int.from_bytes(whole[page * 4096 :][:8], "little") == page
+        and whole[page * 4096 + 10] in (1, 2)
+    ]
+    assert leaves
+    quiet = 0
+    for page in leaves:
+        for at in (0, 10, 12, 14, 16, 17):
+            raw = bytearray(whole)
+            raw[page * 4096 + at] ^= 1
+            path.write_bytes(raw)
+            fault = fault_of(path)
+            quiet += fault is None
+            if fault is not None and page == leaves[0]:
+                with pytest.raises(CorruptBlockError, match="is damaged: its tree: "):
+                    make_store(directory)
+    assert quiet < len(leaves) * 6 // 2  # of pages that are free, which nobody reads
+    path.write_bytes(whole)
+    assert fault_of(path) is None
+    make_store(directory).check()
 
 
 @pytest.mark.parametrize("seed", range(12))

@@ -56,11 +56,12 @@ def kernel(device: str, block_size: int, head_dim: int, n: int) -> dict[str, Any
         keys, values = store.hot_planes
         chosen = ids[np.random.default_rng(0).permutation(kept)[: heads * blocks]]
         chosen = chosen.reshape(heads, 1, blocks)
-        q = torch.randn(heads, 1, 1, 1, head_dim, device=device) * head_dim**-0.5
+        q = torch.randn(heads, 1, 1, 1, head_dim, dtype=torch.bfloat16, device=device)
+        q *= head_dim**-0.5
         gate = torch.zeros(heads, 1, blocks, 1, device=device)
         with store.pinned(chosen) as pin:
             slots = torch.from_numpy(pin.slots).to(device).flatten()
-        flat = q.view(1, heads, 1, head_dim).to(torch.bfloat16)
+        flat = q.view(1, heads, 1, head_dim)
         layout = (1, heads, blocks * block_size, head_dim)
         near_k, near_v = (p.index_select(0, slots).view(layout) for p in (keys, values))
 
@@ -82,7 +83,7 @@ def kernel(device: str, block_size: int, head_dim: int, n: int) -> dict[str, Any
 
         with torch.inference_mode():
             exact = gather_sdpa().flatten().float()
-            assert torch.allclose(through_store().flatten(), exact, atol=0.02)
+            assert torch.allclose(through_store().flatten().float(), exact, atol=0.02)
             ours, gathered = pair(through_store, gather_sdpa, n)
             again, dense = pair(through_store, contiguous_sdpa, n)
             weighed, gated = pair(lambda: through_store(None, True), lambda: through_store(gate), n)

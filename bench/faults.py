@@ -118,36 +118,34 @@ def work(directory: str, state: State, seed: int, step: str | None, told: Connec
         die_within(*STEPS[step], rng)
     with Store(SPEC, StoreConfig(directory=directory, **CONFIG)) as store:  # type: ignore[arg-type]
         while True:
-            names = sorted(state)
-            kind = rng.choice(["append", "append", "append", "fork", "rename", "delete", "ask"])
-            new = f"c{rng.randrange(6)}"
-            after = {name: list(segments) for name, segments in state.items()}
-            act: Callable[[], None]
-            if kind == "append" or not names:
-                name = rng.choice([*names, new])
-                seeds = [(rng.randrange(2**31), rng.randrange(1, 200)) for _ in range(2)]
-                after[name] = [*after.get(name, []), *([s, n] for s, n in seeds)]
-                act = partial(grow, store, name, seeds)
-            elif kind == "ask":
-                name = rng.choice(names)
-                act = partial(ask, store, name)
-            else:
-                name = rng.choice(names)
-                if kind == "delete":
-                    del after[name]
-                    act = partial(store.kept.delete, name)
-                elif new in state:
-                    continue
-                elif kind == "fork":
-                    after[new] = list(after[name])
-                    act = partial(store.kept.fork, name, new)
-                else:
-                    after[new] = after.pop(name)
-                    act = partial(store.kept.rename, name, new)
+            kind, act, after = act_of(store, state, rng)
             told.send((kind, state, after))
             act()
             state = after
             told.send((kind, state, state))
+
+
+def act_of(store: Store, state: State, rng: random.Random) -> tuple[str, Callable[[], None], State]:
+    """Draw a change: its kind, the change itself, and the state after it."""
+    names = sorted(state)
+    kind = rng.choice(["append", "append", "append", "fork", "rename", "delete", "ask"])
+    name, new = rng.choice(names or ["c0"]), f"c{rng.randrange(6)}"
+    after = {each: list(segments) for each, segments in state.items()}
+    if names and kind == "delete":
+        del after[name]
+        return kind, partial(store.kept.delete, name), after
+    if names and kind == "ask":
+        return kind, partial(ask, store, name), after
+    if names and kind == "fork" and new not in state:
+        after[new] = list(after[name])
+        return kind, partial(store.kept.fork, name, new), after
+    if names and kind == "rename" and new not in state:
+        after[new] = after.pop(name)
+        return kind, partial(store.kept.rename, name, new), after
+    name = rng.choice([*names, new])
+    seeds = [(rng.randrange(2**31), rng.randrange(1, 200)) for _ in range(2)]
+    after[name] = [*after.get(name, []), *([s, n] for s, n in seeds)]
+    return "append", partial(grow, store, name, seeds), after
 
 
 def grow(store: Store, name: str, seeds: list[tuple[int, int]]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -35,3 +36,20 @@ def test_a_few_kills_and_damages() -> None:
 @pytest.mark.slow
 def test_a_hundred_kills_and_damages() -> None:
     faults(100, 100, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("cc") is None, reason="the simulation is written in C")
+@pytest.mark.parametrize("unsynced", [False, True])
+def test_a_loss_of_power(unsynced: bool) -> None:
+    """What was synced is never lost; without syncing the simulation finds losses."""
+    argv = ["--cuts", "60", "--changes", "40", *["--unsynced"] * unsynced]
+    ran = subprocess.run(
+        [sys.executable, "-m", "bench.powerloss", *argv],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert bool(json.loads(ran.stdout.splitlines()[-1])["faults"]) == unsynced

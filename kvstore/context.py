@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from kvstore.block_map import BlockMap
 from kvstore.config import IndexConfig
 from kvstore.errors import CorruptBlockError, StoreClosedError
-from kvstore.index import LandmarkIndex
+from kvstore.index import GraphFiles, LandmarkIndex
 from kvstore.saved_contexts import Manifest, Past, check_name, numbers_of
 from kvstore.streams import stream_numbers
 
@@ -94,7 +94,11 @@ class Context:
             self._past, self._snapshots = list(origin._past), list(origin._snapshots)
         else:
             index = IndexConfig(**manifest["index"]) if manifest else store.config.index
-            self.index = LandmarkIndex(index, streams, landmark_dim, store.device)
+            files = None
+            if of_disk and store.config.directory is not None:
+                place = store.config.directory / "index"
+                files = GraphFiles(place, writable=not store.config.read_only)
+            self.index = LandmarkIndex(index, streams, landmark_dim, store.device, files)
             self._map = BlockMap(streams)
             self._open = [
                 torch.zeros((streams, *plane.shape), dtype=plane.dtype, device=store.device)

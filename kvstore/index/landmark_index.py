@@ -20,6 +20,7 @@ from kvstore.errors import StoreClosedError
 from kvstore.index import cost
 from kvstore.index.builder import Builder
 from kvstore.index.exact import ExactSearch
+from kvstore.index.graph_files import GraphFiles
 from kvstore.index.pages import LandmarkPages
 from kvstore.index.segment import Segment, plan
 from kvstore.index.segments import Segments
@@ -83,8 +84,14 @@ class LandmarkIndex:
     """
 
     def __init__(
-        self, config: IndexConfig, streams: int, dim: int, device: torch.device | str = "cpu"
+        self,
+        config: IndexConfig,
+        streams: int,
+        dim: int,
+        device: torch.device | str = "cpu",
+        files: GraphFiles | None = None,
     ) -> None:
+        """files: where graphs are kept that would have to be built again."""
         if streams < 1 or dim < 1:
             raise ValueError(f"an index needs streams and dim of at least 1, not {streams}, {dim}")
         self.config = config
@@ -96,7 +103,7 @@ class LandmarkIndex:
         )
         self._pages = LandmarkPages(streams, dim, self.device)
         self._builder = Builder()
-        self._segments = Segments(config, self._pages, self._builder)
+        self._segments = Segments(config, self._pages, self._builder, files=files)
         self._exact = ExactSearch(self.device)
         self._tally = _Tally()
         # What exact search cost more than segments would have, and up to where to use segments.
@@ -454,8 +461,10 @@ def _ask_graphs(
             beyond = numbers >= bounds[:, None]
             if beyond.any():
                 numbers[beyond], scores[beyond] = -1, -np.inf
-            else:
-                numbers, scores = numbers[:, :k], scores[:, :k]
+                order = np.argsort(-scores, axis=1, kind="stable")
+                numbers = np.take_along_axis(numbers, order, 1)
+                scores = np.take_along_axis(scores, order, 1)
+            numbers, scores = numbers[:, :k], scores[:, :k]
         parts.append((numbers, scores))
     if len(parts) == 2:
         return graphs[-1].stop, *parts[1]

@@ -19,10 +19,12 @@ from collections.abc import Sequence
 import hnswlib
 import numpy as np
 import torch
+import xxhash
 from numpy.typing import NDArray
 
 from kvstore.config import IndexConfig
 from kvstore.errors import KVStoreError
+from kvstore.index.graph_files import GraphFiles
 from kvstore.index.pages import stack
 
 BATCH = 256
@@ -52,13 +54,19 @@ class Segment:
     """
 
     def __init__(
-        self, config: IndexConfig, start: int, stop: int, views: Sequence[torch.Tensor]
+        self,
+        config: IndexConfig,
+        start: int,
+        stop: int,
+        views: Sequence[torch.Tensor],
+        files: GraphFiles | None = None,
     ) -> None:
         self.start = start
         self.stop = stop
         self.error: Exception | None = None
         self._raised = False
         self._config = config
+        self._files = files
         self._views: Sequence[torch.Tensor] = views
         self._graph: hnswlib.Index | None = None
         self._done = threading.Event()
@@ -67,19 +75,15 @@ class Segment:
         """Build the graph, in block order; on failure keep the error for `raise_error`."""
         try:
             rows = self._lengthen(stack(self._views))
+            key = self._key(rows) if self._files else ""
+            path = self._files.find(key) if self._files else None
             graph = hnswlib.Index("l2", rows.shape[1])
-            graph.init_index(
-                len(rows),
-                M=self._config.m,
-                ef_construction=self._config.ef_construction,
-                random_seed=self._config.seed,
-            )
-            for i in range(0, len(rows), BATCH):
-                if called_off.is_set():
-                    raise KVStoreError("the index was closed while a segment was being built")
-                some = rows[i : i + BATCH]
-                # One thread: with more, the order of insertion and so the graph would vary.
-                graph.add_items(some, np.arange(len(some)) + (self.start + i), num_threads=1)
+            if path:
+                graph.load_index(str(path), max_elements=len(rows))
+            else:
+                self._insert(graph, rows, called_off)
+                if self._files:
+                    self._files.keep(key, graph.save_index)
             graph.set_ef(self._config.ef_search)
             self._graph = graph
         except Exception as error:
@@ -87,6 +91,28 @@ class Segment:
         finally:
             self._views = ()
             self._done.set()
+
+    def _insert(
+        self, graph: hnswlib.Index, rows: NDArray[np.float32], called_off: threading.Event
+    ) -> None:
+        graph.init_index(
+            len(rows),
+            M=self._config.m,
+            ef_construction=self._config.ef_construction,
+            random_seed=self._config.seed,
+        )
+        for i in range(0, len(rows), BATCH):
+            if called_off.is_set():
+                raise KVStoreError("the index was closed while a segment was being built")
+            some = rows[i : i + BATCH]
+            # One thread: with more, the order of insertion and so the graph would vary.
+            graph.add_items(some, np.arange(len(some)) + (self.start + i), num_threads=1)
+
+    def _key(self, rows: NDArray[np.float32]) -> str:
+        """Name the graph by all that it follows from."""
+        config = self._config
+        made = f"{self.start} {config.m} {config.ef_construction} {config.seed}"
+        return xxhash.xxh3_128_hexdigest(rows.tobytes() + made.encode())
 
     def _lengthen(self, landmarks: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return landmarks [n, dim] without their mean, all of one length: [n, dim + 1]."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from kvstore.config import IndexConfig
 from kvstore.index.builder import Builder
+from kvstore.index.graph_files import GraphFiles
 from kvstore.index.pages import LandmarkPages
 from kvstore.index.segment import Segment, plan
 
@@ -24,11 +25,13 @@ class Segments:
         pages: LandmarkPages,
         builder: Builder,
         origin: Segments | None = None,
+        files: GraphFiles | None = None,
     ) -> None:
         streams = len(pages.counts)
         self._config = config
         self._pages = pages
         self._builder = builder
+        self._files = files
         # What lies below the fork is built once, for both sides, in the origin's table: a
         # throwaway fork often is the one that first asks for it.
         self._origin = origin
@@ -40,7 +43,7 @@ class Segments:
 
     def fork(self, pages: LandmarkPages) -> Segments:
         """Return segments for a fork's pages, sharing what is built or on its way."""
-        fork = Segments(self._config, pages, self._builder, self)
+        fork = Segments(self._config, pages, self._builder, self, self._files)
         fork._requested = list(self._requested)
         fork.settled = list(self.settled)
         fork.active = [list(segments) for segments in self.active]
@@ -91,7 +94,7 @@ class Segments:
             if self._pages.device.type != "cpu":
                 # Here, in the order of the owner's stream; the builder's thread has its own.
                 views = [view.cpu() for view in views]
-            segment = Segment(self._config, start, stop, views)
+            segment = Segment(self._config, start, stop, views, self._files)
             table[start, stop] = segment
             self._builder.submit(segment)
         return segment

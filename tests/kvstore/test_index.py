@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from contextlib import closing
+from pathlib import Path
 
 import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 
 from kvstore.config import IndexConfig
 from kvstore.errors import KVStoreError, StoreClosedError
-from kvstore.index import LandmarkIndex, builder, cost, exact, pages
+from kvstore.index import GraphFiles, LandmarkIndex, builder, cost, exact, pages
 from kvstore.index.segment import Segment, plan
 
 DIM = 16
@@ -241,6 +243,7 @@ def test_hnsw_finds_most_of_what_exact_finds(m):
     assert stats.recall > 0.95
 
 
+@example(n=96, k=64, bounds=1, waits=False)  # all that the graph gives but one is beyond the bound
 @settings(max_examples=30, deadline=None)
 @given(
     n=st.integers(0, 400),
@@ -653,3 +656,98 @@ def test_other_float_dtypes_are_taken():
     index.add([0], rows)
     assert torch.equal(index.landmarks(0), rows[0].float())
     assert index.search([0], rows[:, 2:3].double(), 1)[0].shape == (1, 1, 1)
+
+
+# Graphs in files
+
+
+def test_a_kept_graph_is_loaded_and_answers_the_same(tmp_path, monkeypatch) -> None:
+    landmarks = torch.randn(2, 300, DIM)
+    queries = torch.randn(2, 5, DIM)
+
+    def answers(files: GraphFiles | None) -> tuple[torch.Tensor, torch.Tensor]:
+        index = LandmarkIndex(SMALL_HNSW, 2, DIM, files=files)
+        index.add([0, 1], landmarks)
+        index.wait()
+        found = index.search([0, 1], queries, 7)
+        assert index.stats.kind == "hnsw"
+        index.close()
+        return found
+
+    want = answers(None)
+    place = tmp_path / "index"
+    assert not place.exists()
+    files = GraphFiles(place)
+    built = answers(files)
+    names = sorted(path.name for path in place.iterdir())
+    assert len(names) == 2 * len([name for name in names if name.endswith(".hnsw")]) > 0
+    assert all(path.stat().st_mode & 0o777 == 0o600 for path in place.iterdir())
+
+    def never(*_: object) -> None:
+        raise AssertionError("a graph was built again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Segment, "_insert", never)
+        loaded = answers(files)
+        read_only = answers(GraphFiles(place, writable=False))
+    for found in (built, loaded, read_only):
+        assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
+    assert sorted(path.name for path in place.iterdir()) == names
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "longer", "no sum", "swap"])
+def test_a_damaged_file_is_built_anew(tmp_path, damage: str) -> None:
+    landmarks, queries = torch.randn(1, 450, DIM), torch.randn(1, 5, DIM)
+    files = GraphFiles(tmp_path)
+
+    def answers() -> tuple[torch.Tensor, torch.Tensor]:
+        index = LandmarkIndex(SMALL_HNSW, 1, DIM, files=files)
+        index.add([0], landmarks)
+        index.wait()
+        return index.search([0], queries, 7)
+
+    want = answers()
+    paths = sorted(tmp_path.glob("*.hnsw"))
+    before = {path: path.read_bytes() for path in paths}
+    assert len(paths) > 1
+    for i, path in enumerate(paths):
+        raw = bytearray(before[path])
+        if damage == "flip":
+            raw[len(raw) // 2] ^= 1
+        elif damage == "cut":
+            del raw[len(raw) // 2 :]
+        elif damage == "longer":
+            raw += b"x"
+        elif damage == "swap":
+            raw = bytearray(before[paths[i - 1]])
+        else:
+            path.with_suffix(".sum").unlink()
+        path.write_bytes(raw)
+    found = answers()
+    assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
+    assert {path: path.read_bytes() for path in paths} == before
+
+
+def test_the_least_recently_used_graphs_go(tmp_path) -> None:
+    files = GraphFiles(tmp_path, most=1000)
+    for i in range(6):
+        files.keep(f"k{i}", lambda path, i=i: Path(path).write_bytes(bytes([i]) * 300))
+        os.utime(tmp_path / f"k{i}.hnsw", ns=(i, i))
+        if i == 3:
+            assert files.find("k1") is not None
+    assert {path.stem for path in tmp_path.glob("*.hnsw")} == {"k1", "k4", "k5"}
+    assert {path.stem for path in tmp_path.glob("*.sum")} == {"k1", "k4", "k5"}
+    files.keep("large", lambda path: Path(path).write_bytes(bytes(5000)))
+    assert files.find("large") is not None
+
+
+def test_a_full_disk_keeps_no_graph_and_says_nothing(tmp_path) -> None:
+    def fail(path: str) -> None:
+        raise RuntimeError("cannot write")
+
+    files = GraphFiles(tmp_path)
+    files.keep("k", fail)
+    assert not list(tmp_path.iterdir())
+    assert files.find("k") is None
+    (tmp_path / "file").touch()
+    GraphFiles(tmp_path / "file").keep("k", fail)

@@ -21,7 +21,7 @@ from kvstore.block_map import BlockMap
 from kvstore.config import IndexConfig
 from kvstore.errors import CorruptBlockError, StoreClosedError
 from kvstore.index import GraphFiles, LandmarkIndex
-from kvstore.saved_contexts import Manifest, Past, check_name, numbers_of
+from kvstore.saved_contexts import Manifest, Past, check_name, describe_blocks, numbers_of
 from kvstore.streams import stream_numbers
 
 if TYPE_CHECKING:
@@ -272,7 +272,7 @@ class Context:
         manifest: Manifest = {
             "streams": self.streams,
             "landmark_dim": self.landmark_dim,
-            "block": _describe(self.store),
+            "block": describe_blocks(self.store.spec),
             "fingerprint": self.fingerprint,
             "info": dict(self.info),
             "index": asdict(self.index.config),
@@ -300,11 +300,7 @@ class Context:
 
     def _restore(self, manifest: Manifest, fingerprint: str | None) -> None:
         assert self.name is not None
-        given = {
-            "streams": self.streams,
-            "landmark_dim": self.landmark_dim,
-            "block": _describe(self.store),
-        }
+        given: dict[str, int | str] = {"streams": self.streams, "landmark_dim": self.landmark_dim}
         if fingerprint is not None:
             given["fingerprint"] = fingerprint
         for key, value in given.items():
@@ -448,7 +444,3 @@ def _finite(tensor: torch.Tensor) -> bool:
 
 def _named(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
     return {n[len(prefix) :]: t for n, t in tensors.items() if n.startswith(prefix)}
-
-
-def _describe(store: Store) -> list[list[Any]]:
-    return [[p.name, list(p.shape), str(p.dtype)] for p in store.spec.planes]

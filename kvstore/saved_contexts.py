@@ -20,9 +20,12 @@ from urllib.parse import quote, unquote
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
+from kvstore.block import BlockSpec
+from kvstore.config import IndexConfig
 from kvstore.errors import CorruptBlockError
 
 if TYPE_CHECKING:
@@ -34,6 +37,9 @@ PIECE = 4 * 2**20
 
 LONGEST_NAME = 300
 """Bytes of a name in its key; LMDB's keys have at most 511."""
+
+MOST_STREAMS = 2**20
+MOST_BLOCKS = 2**48
 
 _CONTEXT = b"context/"
 _PIECE = b"piece/"
@@ -102,14 +108,24 @@ class SavedContexts:
         return [unquote(key[len(_CONTEXT) :].decode()) for key in keys]
 
     def manifest(self, name: str) -> Manifest | None:
-        """Return the manifest; None if there is none. ValueError if it is of another version."""
-        value = self._store.get_record(_key(name))
-        if value is None:
-            return None
-        manifest: Manifest = json.loads(value)
-        if manifest["format"] != FORMAT:
+        """Return the manifest; None if there is none.
+
+        ValueError if it is of another version, CorruptBlockError if it makes no sense.
+        """
+        try:
+            value = self._store.get_record(_key(name))
+            if value is None:
+                return None
+            manifest: Manifest = json.loads(value)
+            version = manifest["format"]
+            if version == FORMAT:
+                check_manifest(manifest, self._store.spec)
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            said = f"its manifest makes no sense: {error}"
+            raise CorruptBlockError(f"context {name!r}: {said}") from None
+        if version != FORMAT:
             raise ValueError(
-                f"context {name!r} was saved in format {manifest['format']}, this version "
+                f"context {name!r} was saved in format {version}, this version "
                 f"reads format {FORMAT}; delete it, or use the version that wrote it"
             )
         return manifest
@@ -145,13 +161,26 @@ class SavedContexts:
         """Yield pieces of the sealed blocks, in order: `ids.S` and `landmarks.S` of streams S."""
         first = [0] * len(manifest["counts"])
         for piece in manifest["past"]:
-            tensors = load_tensors(self._piece(name, piece["number"]))
+            tensors = self._tensors(name, [piece["number"]])
+            found: dict[str, torch.Tensor] = {}
             for s, (a, b) in enumerate(zip(first, piece["stops"], strict=True)):
-                for part in (f"ids.{s}", f"landmarks.{s}"):
-                    if part in tensors:  # one that was gone back from may hold more
-                        tensors[part] = tensors[part][: b - a]
+                if a == b:
+                    continue
+                # One that was gone back from may hold more.
+                ids, landmarks = (
+                    tensors.get(f"{kind}.{s}", torch.empty(0))[: b - a]
+                    for kind in ("ids", "landmarks")
+                )
+                right = ids.dtype == torch.int64 and landmarks.dtype == torch.float32
+                shapes = (b - a,), (b - a, manifest["landmark_dim"])
+                if not right or (tuple(ids.shape), tuple(landmarks.shape)) != shapes:
+                    raise CorruptBlockError(
+                        f"context {name!r}: piece {piece['number']} is not blocks {a} to {b} of "
+                        f"stream {s}"
+                    )
+                found |= {f"ids.{s}": ids, f"landmarks.{s}": landmarks}
             first = piece["stops"]
-            yield tensors
+            yield found
 
     def ids(self, name: str, manifest: Manifest) -> NDArray[np.int64]:
         """Return the ids of all its blocks, stream after stream."""
@@ -164,7 +193,24 @@ class SavedContexts:
 
     def rest(self, name: str, manifest: Manifest) -> dict[str, torch.Tensor]:
         """Return the tensors that were saved beside the blocks."""
-        return load_tensors(b"".join(self._piece(name, number) for number in manifest["rest"]))
+        rest = self._tensors(name, manifest["rest"])
+        streams = manifest["streams"]
+        needed = {
+            f"open.{i}": ((streams, *plane.shape), plane.dtype)
+            for i, plane in enumerate(self._store.spec.planes)
+        }
+        needed["index.settled"] = (streams,), torch.int64
+        needed["index.lost_us"] = (streams,), torch.float64
+        for part, (shape, dtype) in needed.items():
+            tensor = rest.get(part, torch.empty(0))
+            if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+                raise CorruptBlockError(
+                    f"context {name!r}: its {part} is not {dtype} {list(shape)}"
+                )
+        settled = rest["index.settled"].tolist()
+        if any(not 0 <= a <= b for a, b in zip(settled, manifest["counts"], strict=True)):
+            raise CorruptBlockError(f"context {name!r}: its index has more than the context")
+        return rest
 
     def write(
         self,
@@ -287,6 +333,14 @@ class SavedContexts:
         if name in self._store.contexts:
             raise ValueError(f"context {name!r} is open: close it first")
 
+    def _tensors(self, name: str, numbers: list[int]) -> dict[str, torch.Tensor]:
+        """Read pieces, which joined are tensors."""
+        value = b"".join(self._piece(name, number) for number in numbers)
+        try:
+            return load_tensors(value)
+        except (SafetensorError, ValueError, KeyError, TypeError) as error:
+            raise CorruptBlockError(f"context {name!r}: pieces {numbers}: {error}") from None
+
     def _piece(self, name: str, number: int) -> bytes:
         try:
             piece = self._store.get_record(_piece_key(number))
@@ -319,6 +373,67 @@ def gone_back(manifest: Manifest, snapshot: int) -> Manifest:
         first = stops
     back: Manifest = {**manifest, **earlier, "past": past}
     return back | {"snapshots": manifest["snapshots"][: snapshot + 1]}
+
+
+def describe_blocks(spec: BlockSpec) -> list[list[Any]]:
+    """Return a specification as a manifest has it."""
+    return [[plane.name, list(plane.shape), str(plane.dtype)] for plane in spec.planes]
+
+
+def check_manifest(manifest: Manifest, spec: BlockSpec) -> None:
+    """Raise ValueError, KeyError or TypeError where a manifest makes no sense.
+
+    Before anything is read or allocated by what it says: it may come from anywhere.
+    """
+    streams, dim = manifest["streams"], manifest["landmark_dim"]
+    if not (_whole(streams, 1, MOST_STREAMS) and _whole(dim, 1, MOST_STREAMS)):
+        raise ValueError(f"{streams!r} streams with landmarks of {dim!r} numbers")
+    IndexConfig(**manifest["index"])
+    if not isinstance(manifest["fingerprint"], str):
+        raise ValueError("what made it is not said")
+    if manifest["block"] != describe_blocks(spec):
+        raise ValueError(f"its blocks are {manifest['block']}")
+    for save in (manifest, *manifest["snapshots"]):
+        counts, filled = save["counts"], save["filled"]
+        if not _stops(counts, streams) or not _stops(filled, streams):
+            raise ValueError("its counts are not one for each stream")
+        if max(filled) >= spec.block_size:
+            raise ValueError("an open block has more tokens than a block")
+        if not all(isinstance(each, str) for each in save["on_device"]):
+            raise ValueError("a state has no name")
+        if not isinstance(save["info"], dict) or not isinstance(save["saved"], float):
+            raise ValueError("what its owner keeps is not there")
+        if not all(_whole(number, 0, MOST_BLOCKS) for number in save["rest"]):
+            raise ValueError("its rest is not numbers")
+    if not isinstance(manifest["created"], float):
+        raise ValueError("it does not say when it was made")
+    last = [0] * streams
+    for piece in manifest["past"]:
+        stops = piece["stops"]
+        if not _whole(piece["number"], 0, MOST_BLOCKS) or not _whole(
+            piece["bytes"], 0, MOST_BLOCKS
+        ):
+            raise ValueError("a piece has no number")
+        if not _stops(stops, streams) or any(a > b for a, b in zip(last, stops, strict=True)):
+            raise ValueError("its pieces are out of order")
+        last = stops
+    if last != manifest["counts"]:
+        raise ValueError(f"its pieces hold {last} blocks, it says {manifest['counts']}")
+    for save in manifest["snapshots"]:
+        if any(a > b for a, b in zip(save["counts"], last, strict=True)):
+            raise ValueError("a snapshot has more blocks than the context")
+
+
+def _whole(value: Any, least: int, most: int) -> bool:
+    return type(value) is int and least <= value <= most
+
+
+def _stops(values: Any, streams: int) -> bool:
+    return (
+        isinstance(values, list)
+        and len(values) == streams
+        and all(_whole(value, 0, MOST_BLOCKS) for value in values)
+    )
 
 
 def check_name(name: str) -> None:

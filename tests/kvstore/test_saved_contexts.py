@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import time
 from dataclasses import replace
 
+import hypothesis.strategies as st
 import pytest
 import torch
-from twin import LANDMARK, SIZE, SPEC, Twin, marks_of, past, reopened, tokens
+from hypothesis import HealthCheck, given, settings
+from twin import LANDMARK, SIZE, SPEC, Twin, marks_of, open_store, past, reopened, tokens
 
 from kvstore import saved_contexts
 from kvstore.config import IndexConfig, StoreConfig
 from kvstore.errors import CorruptBlockError, StoreClosedError, StoreFullError
 from kvstore.store import Store
+from kvstore.verify import verify
 
 
 def keep(store, name: str, t: int, seed: int = 1, **given) -> Twin:
@@ -537,3 +541,90 @@ def read_beside(directory, config, planes, told) -> None:
             told.send("nothing")
         except Exception as error:
             told.send(type(error).__name__)
+
+
+# What comes from anywhere
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner),
+    max_leaves=12,
+)
+
+
+@pytest.fixture(scope="module")
+def fuzzed(tmp_path_factory):
+    """A store with one context, and what is kept of it."""
+    with open_store(tmp_path_factory.mktemp("fuzzed")) as store:
+        twin = keep(store, "a", 20)
+        twin.context.save(snapshot=True)
+        twin.append([0, 1], 9, 2)
+        twin.context.set_state({"x": torch.arange(3)})
+        twin.context.close()
+        keys = [b"context/a", *store.record_keys(b"piece/")]
+        yield store, twin, {key: store.get_record(key) for key in keys}
+
+
+def assert_refused_or_whole(store) -> None:
+    """Whatever is kept now: it is the context, or a named error, and verify can say so."""
+    try:
+        context = store.context("a")
+    except (CorruptBlockError, KeyError, ValueError):
+        assert not store.contexts
+        found = verify(store)
+        assert found.damaged or "a" not in store.kept
+        return
+    context.close(save=False)
+    verify(store)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(data=st.data())
+def test_manifests_from_anywhere(fuzzed, data):
+    store, twin, records = fuzzed
+    manifest = json.loads(records[b"context/a"])
+    for _ in range(data.draw(st.integers(1, 3))):
+        place, key = manifest, data.draw(st.sampled_from(sorted(manifest)))
+        while isinstance(place[key], (dict, list)) and place[key] and data.draw(st.booleans()):
+            place = place[key]
+            keys = sorted(place) if isinstance(place, dict) else range(len(place))
+            key = data.draw(st.sampled_from(list(keys)))
+        if data.draw(st.booleans()):
+            place[key] = data.draw(JSON)
+        elif isinstance(place, dict):
+            del place[key]
+            break
+    store.put_record(b"context/a", json.dumps(manifest).encode())
+    try:
+        assert_refused_or_whole(store)
+    finally:
+        store.put_record(b"context/a", records[b"context/a"])
+    twin.context = store.context("a")
+    twin.check()
+    twin.context.close(save=False)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(data=st.data())
+def test_records_from_anywhere(fuzzed, data):
+    store, twin, records = fuzzed
+    key = data.draw(st.sampled_from(sorted(records)))
+    value = bytearray(records[key])
+    kind = data.draw(st.sampled_from(["bytes", "cut", "change", "other", "none"]))
+    if kind == "bytes":
+        value = bytearray(data.draw(st.binary(max_size=200)))
+    elif kind == "cut":
+        del value[data.draw(st.integers(0, len(value) - 1)) :]
+    elif kind == "change":
+        for _ in range(data.draw(st.integers(1, 4))):
+            value[data.draw(st.integers(0, len(value) - 1))] = data.draw(st.integers(0, 255))
+    elif kind == "other":
+        value = bytearray(records[data.draw(st.sampled_from(sorted(records)))])
+    store.put_record(key, None if kind == "none" else bytes(value))
+    try:
+        assert_refused_or_whole(store)
+    finally:
+        store.put_record(key, records[key])
+    twin.context = store.context("a")
+    twin.check()
+    twin.context.close(save=False)

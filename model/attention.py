@@ -89,7 +89,7 @@ def _attend_few(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """
     narrow = q.to(k.dtype).unsqueeze(1)
     out, lse = _flash(narrow, k.unsqueeze(1), v.unsqueeze(1), scale=1.0)
-    return out.squeeze(1).to(q.dtype), lse.squeeze(1).to(q.dtype)
+    return out.squeeze(1).to(q.dtype), lse.squeeze(1)
 
 
 def window_attention(

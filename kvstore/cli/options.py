@@ -97,6 +97,9 @@ def add_kept(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that name a kept context."""
     parser.add_argument("store", metavar="DIR", type=words, help="the store's directory")
     parser.add_argument("context", metavar="NAME", type=words, help="the context's name")
+    parser.add_argument(
+        "--model", metavar="FILE", help="the checkpoint that made it, where it has been moved"
+    )
 
 
 def add_answer(parser: argparse.ArgumentParser, *, stop: tuple[str, ...]) -> None:

@@ -274,7 +274,7 @@ def resume(args: argparse.Namespace, stack: ExitStack) -> Session:
     info = store.kept.require(args.context)["info"]
     if "model" not in info:
         raise ValueError(f"context {args.context!r} says no model: `kvstore run` has not made it")
-    model = checkpoint.load(info["model"]).to(config.torch_device)
+    model = checkpoint.load(args.model or info["model"]).to(config.torch_device)
     context = stack.enter_context(
         store.context(args.context, fingerprint=checkpoint.fingerprint(model))
     )

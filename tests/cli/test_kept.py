@@ -282,6 +282,7 @@ def test_another_model_is_never_served(
     ran = ask("a")
     assert ran.code == 2
     assert "mine.safetensors" in ran.err
+    assert ask("a", "--model", weights).code == 0  # the same one, elsewhere
 
 
 def test_a_context_of_another_program_is_told_apart(

@@ -88,10 +88,11 @@ class DiskTier:
 
         capacity_bytes: what its files may take together, at every moment. durable: each write is
         on the disk when it returns; without it, when `sync` has, and a loss of power before that
-        may lose the whole file. read_only: beside another process that may be writing; what that
-        one deletes is not found any more. Raises ValueError where the directory cannot be used,
-        belongs to another process, or holds another format or specification, or where
-        `capacity_bytes` is too small; CorruptBlockError where the file is damaged.
+        may lose the whole file. read_only: as it is now, beside another process that may go on
+        writing; the pages that this sees stay in use until it is closed. Raises ValueError where
+        the directory cannot be used, belongs to another process, or holds another format or
+        specification, or where `capacity_bytes` is too small; CorruptBlockError where the file is
+        damaged.
         """
         self._codec = Codec(spec)
         self.directory = Path(directory)
@@ -102,6 +103,8 @@ class DiskTier:
         self._idle = threading.Condition()
         self._operations = 0
         self._reads: set[object] = set()
+        self._view: lmdb.Transaction | None = None
+        self._viewing = threading.Lock()
         self._closed = False
         # Packs with deleted blocks in them -> how many others they have; None until it is needed.
         self._loose: dict[int, int] | None = None
@@ -143,7 +146,7 @@ class DiskTier:
         [n], uint8 [m, plane.nbytes] of which those rows are written. Raises CorruptBlockError
         naming the first block that is not what was written.
         """
-        with self._snapshot(self._packs, buffers=True) as transaction:
+        with self._snapshot(buffers=True) as transaction:
             numbers = (locations >> _INDEX_BITS).tolist()
             places = (4 * (locations & ((1 << _INDEX_BITS) - 1))).tolist()
             packs: dict[int, memoryview] = {}
@@ -152,7 +155,9 @@ class DiskTier:
                 for number, place in zip(numbers, places, strict=True):
                     pack = packs.get(number)
                     if pack is None:
-                        pack = packs[number] = memoryview(transaction.get(_key(number), b""))
+                        pack = packs[number] = memoryview(
+                            transaction.get(_key(number), b"", db=self._packs)
+                        )
                     first, last = _bounds(pack, place)
                     frames.append(pack[first:last])
             except lmdb.Error as error:
@@ -188,10 +193,10 @@ class DiskTier:
 
     def scan(self) -> tuple[Ids, Locations]:
         """Return the ids and locations of all blocks, int64 [n] each, oldest first."""
-        with self._snapshot(self._directory) as transaction:
+        with self._snapshot() as transaction:
             ids, locations = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
-            for key, value in transaction.cursor():
-                members = self._members(key, value)
+            for key, value in transaction.cursor(db=self._directory):
+                members = self._members(bytes(key), bytes(value))
                 live = np.flatnonzero(members >= 0)
                 ids.append(members[live])
                 locations.append(int.from_bytes(key, "big") << _INDEX_BITS | live)
@@ -200,9 +205,9 @@ class DiskTier:
     def frame_bytes(self, locations: Locations) -> int:
         """Return the bytes of blocks' frames. locations: int64 [n]."""
         nbytes = 0
-        with self._snapshot(self._packs, buffers=True) as transaction:
+        with self._snapshot(buffers=True) as transaction:
             for number, places in _by_pack(np.unique(locations)):
-                pack = memoryview(transaction.get(_key(number), b""))
+                pack = self._pack(transaction, number)
                 nbytes += sum(len(_frame(pack, 4 * place)) for place in places.tolist())
         return nbytes
 
@@ -231,8 +236,10 @@ class DiskTier:
         """Yield the id and the frame of every block, unverified: for checks and measurements."""
         ids, locations = self.scan()
         for block, location in zip(ids.tolist(), locations.tolist(), strict=True):
-            with self._snapshot(self._packs, buffers=True) as transaction:
-                pack = memoryview(transaction.get(_key(location >> _INDEX_BITS), b""))
+            with self._snapshot(buffers=True) as transaction:
+                pack = memoryview(
+                    transaction.get(_key(location >> _INDEX_BITS), b"", db=self._packs)
+                )
                 frame = bytes(_frame(pack, 4 * (location & ((1 << _INDEX_BITS) - 1))))
             yield block, frame
 
@@ -262,17 +269,17 @@ class DiskTier:
 
     def get_meta(self, key: bytes) -> bytes | None:
         """Return a record, or None. A damaged one raises CorruptBlockError naming its key."""
-        with self._snapshot(self._records) as transaction:
+        with self._snapshot() as transaction:
             value = _held(transaction, key, self._records)
             return _unseal(key, value, f"record {key!r}") if value else None
 
     def meta_keys(self, prefix: bytes = b"") -> list[bytes]:
         """Return the keys that begin with `prefix`, sorted."""
         keys = []
-        with self._snapshot(self._records) as transaction:
-            cursor = transaction.cursor()
+        with self._snapshot() as transaction:
+            cursor = transaction.cursor(db=self._records)
             found = cursor.set_range(prefix) if prefix else cursor.first()
-            while found and cursor.key().startswith(prefix):
+            while found and bytes(cursor.key()).startswith(prefix):
                 keys.append(bytes(cursor.key()))
                 found = cursor.next()
         return keys
@@ -308,7 +315,9 @@ class DiskTier:
             self._closed = True
             self._idle.wait_for(lambda: self._operations == 0)
         try:
-            if not self._read_only:
+            if self._view is not None:
+                self._view.abort()
+            else:
                 self._env.sync(True)
         finally:
             self._env.close()
@@ -359,13 +368,16 @@ class DiskTier:
             if not self._read_only:
                 self._fill_short_file(path)
                 self._env.reader_check()  # those of processes that were killed
-            if held:
-                self._check_tree(path)
-            with self._env.begin(write=not self._read_only) as transaction:
-                self._check_format(transaction)
-            self._packs, self._directory, self._records = (
-                self._env.open_db(name, create=not self._read_only) for name in _TABLES
-            )
+            if self._read_only:
+                self._view = self._whole_view(path)
+                self._open_tables(self._view)
+                self._check_format(self._view)
+            else:
+                if held and (fault := fault_of(path)):
+                    raise self._damaged(f"its tree: {fault}")
+                with self._env.begin(write=True) as transaction:
+                    self._check_format(transaction)
+                self._open_tables(None)
         except lmdb.Error as error:
             self._env.close()
             raise self._damaged(error) from None
@@ -373,16 +385,23 @@ class DiskTier:
             self._env.close()
             raise
 
-    def _check_tree(self, path: Path) -> None:
-        """Look at all pages before LMDB follows them, or writes by what they say."""
+    def _open_tables(self, transaction: lmdb.Transaction | None) -> None:
+        create = not self._read_only
+        self._packs, self._directory, self._records = (
+            self._env.open_db(name, txn=transaction, create=create) for name in _TABLES
+        )
+
+    def _whole_view(self, path: Path) -> lmdb.Transaction:
+        """Return a view of the file as it is, which makes sense, and stays whatever is written."""
         for _ in range(_TRIES):
-            with self._env.begin() as transaction:  # what it sees stays in place until it ends
-                number = transaction.id() if self._read_only else None
-                fault = fault_of(path, number)
-                if not fault:
-                    return
-                if not self._read_only or self._env.info()["last_txnid"] == number:
-                    break
+            view = self._env.begin(buffers=True)
+            number = view.id()
+            fault = fault_of(path, number)
+            if not fault:
+                return view
+            view.abort()
+            if self._env.info()["last_txnid"] == number:
+                break
             # A writer has gone on meanwhile: where the tree begins may be overwritten.
         raise self._damaged(f"its tree: {fault}")
 
@@ -631,16 +650,24 @@ class DiskTier:
                 self._idle.notify_all()
 
     @contextlib.contextmanager
-    def _snapshot(self, table: Any = None, buffers: Any = False) -> Iterator[Any]:
-        """Read the file as it is now, whatever is written meanwhile."""
+    def _snapshot(self, buffers: Any = False) -> Iterator[Any]:
+        """Read the file as it is now, or was when it was opened to be read only."""
         with self._operation():
+            if self._view is not None:
+                with self._viewing:  # one thread at a time may use a transaction
+                    yield self._view
+                return
             token = object()
             self._reads.add(token)
             try:
-                with self._env.begin(db=table, buffers=buffers) as transaction:
+                with self._env.begin(buffers=buffers) as transaction:
                     yield transaction
             finally:
                 self._reads.discard(token)
+
+    def _pack(self, transaction: lmdb.Transaction, number: int) -> memoryview:
+        """Return a pack; of no bytes where there is none."""
+        return memoryview(transaction.get(_key(number), b"", db=self._packs))
 
     def _members(self, key: bytes, value: bytes) -> npt.NDArray[np.int64]:
         name = f"the directory of pack {int.from_bytes(key, 'big')}"

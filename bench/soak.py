@@ -22,17 +22,23 @@ from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from bench.faults import CONFIG, SPEC, State, act_of, fault_of
 from kvstore import KVStoreError, Store, StoreConfig
-from kvstore.cli.memory import anonymous_bytes
 from kvstore.verify import verify
 
 
 def config(directory: Path, read_only: bool = False) -> StoreConfig:
     """The settings of writer and readers: little memory, so that the disk serves."""
     return StoreConfig(directory=directory, read_only=read_only, **CONFIG)  # type: ignore[arg-type]
+
+
+def anonymous_bytes() -> int:
+    """Return the process's memory without pages of files."""
+    memory = psutil.Process().memory_info()
+    return int(memory.rss - memory.shared)
 
 
 def write(directory: Path, seconds: float, seed: int, told: Any) -> None:

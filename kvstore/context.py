@@ -21,7 +21,8 @@ from kvstore.block_map import BlockMap
 from kvstore.config import IndexConfig
 from kvstore.errors import CorruptBlockError, StoreClosedError
 from kvstore.index import GraphFiles, LandmarkIndex
-from kvstore.saved_contexts import Manifest, Past, check_name, describe_blocks, numbers_of
+from kvstore.manifest import Manifest, describe_blocks, numbers_of
+from kvstore.saved_contexts import Past, check_name
 from kvstore.streams import stream_numbers
 
 if TYPE_CHECKING:

@@ -24,30 +24,20 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
-from kvstore.block import BlockSpec
-from kvstore.config import IndexConfig
 from kvstore.errors import CorruptBlockError
+from kvstore.manifest import FORMAT, OF_A_SAVE, Manifest, check_manifest, gone_back, numbers_of
 
 if TYPE_CHECKING:
     from kvstore.store import Store
 
-FORMAT = 2
 PIECE = 4 * 2**20
 """Bytes of a piece at most, and about where pieces of blocks are left alone."""
 
 LONGEST_NAME = 300
 """Bytes of a name in its key; LMDB's keys have at most 511."""
 
-MOST_STREAMS = 2**20
-MOST_BLOCKS = 2**48
-
 _CONTEXT = b"context/"
 _PIECE = b"piece/"
-
-Manifest = dict[str, Any]
-
-_OF_A_SAVE = ("counts", "filled", "on_device", "info", "rest", "saved")
-"""What a snapshot has of its own; everything else is the context's."""
 
 
 @dataclass(frozen=True)
@@ -255,7 +245,7 @@ class SavedContexts:
         done: Manifest = {"created": now, **manifest, "format": FORMAT, "saved": now}
         done |= {"past": pieces, "rest": numbers}
         if snapshot:
-            done["snapshots"] = [*done["snapshots"], {key: done[key] for key in _OF_A_SAVE}]
+            done["snapshots"] = [*done["snapshots"], {key: done[key] for key in OF_A_SAVE}]
         self._put(name, done)
         return done
 
@@ -353,87 +343,6 @@ class SavedContexts:
     def _next_number(self) -> int:
         keys = self._store.record_keys(_PIECE)
         return int(keys[-1][len(_PIECE) :]) + 1 if keys else 0
-
-
-def numbers_of(manifest: Manifest) -> list[int]:
-    """Return the numbers of the pieces that a manifest names."""
-    rests = [manifest["rest"], *(snapshot["rest"] for snapshot in manifest["snapshots"])]
-    return [piece["number"] for piece in manifest["past"]] + [n for rest in rests for n in rest]
-
-
-def gone_back(manifest: Manifest, snapshot: int) -> Manifest:
-    """Return the manifest as it was when this snapshot was made."""
-    earlier = manifest["snapshots"][snapshot]
-    counts = earlier["counts"]
-    past, first = [], [0] * len(counts)
-    for piece in manifest["past"]:
-        stops = [min(stop, count) for stop, count in zip(piece["stops"], counts, strict=True)]
-        if stops != first:
-            past.append(piece | {"stops": stops})
-        first = stops
-    back: Manifest = {**manifest, **earlier, "past": past}
-    return back | {"snapshots": manifest["snapshots"][: snapshot + 1]}
-
-
-def describe_blocks(spec: BlockSpec) -> list[list[Any]]:
-    """Return a specification as a manifest has it."""
-    return [[plane.name, list(plane.shape), str(plane.dtype)] for plane in spec.planes]
-
-
-def check_manifest(manifest: Manifest, spec: BlockSpec) -> None:
-    """Raise ValueError, KeyError or TypeError where a manifest makes no sense.
-
-    Before anything is read or allocated by what it says: it may come from anywhere.
-    """
-    streams, dim = manifest["streams"], manifest["landmark_dim"]
-    if not (_whole(streams, 1, MOST_STREAMS) and _whole(dim, 1, MOST_STREAMS)):
-        raise ValueError(f"{streams!r} streams with landmarks of {dim!r} numbers")
-    IndexConfig(**manifest["index"])
-    if not isinstance(manifest["fingerprint"], str):
-        raise ValueError("what made it is not said")
-    if manifest["block"] != describe_blocks(spec):
-        raise ValueError(f"its blocks are {manifest['block']}")
-    for save in (manifest, *manifest["snapshots"]):
-        counts, filled = save["counts"], save["filled"]
-        if not _stops(counts, streams) or not _stops(filled, streams):
-            raise ValueError("its counts are not one for each stream")
-        if max(filled) >= spec.block_size:
-            raise ValueError("an open block has more tokens than a block")
-        if not all(isinstance(each, str) for each in save["on_device"]):
-            raise ValueError("a state has no name")
-        if not isinstance(save["info"], dict) or not isinstance(save["saved"], float):
-            raise ValueError("what its owner keeps is not there")
-        if not all(_whole(number, 0, MOST_BLOCKS) for number in save["rest"]):
-            raise ValueError("its rest is not numbers")
-    if not isinstance(manifest["created"], float):
-        raise ValueError("it does not say when it was made")
-    last = [0] * streams
-    for piece in manifest["past"]:
-        stops = piece["stops"]
-        if not _whole(piece["number"], 0, MOST_BLOCKS) or not _whole(
-            piece["bytes"], 0, MOST_BLOCKS
-        ):
-            raise ValueError("a piece has no number")
-        if not _stops(stops, streams) or any(a > b for a, b in zip(last, stops, strict=True)):
-            raise ValueError("its pieces are out of order")
-        last = stops
-    if last != manifest["counts"]:
-        raise ValueError(f"its pieces hold {last} blocks, it says {manifest['counts']}")
-    for save in manifest["snapshots"]:
-        if any(a > b for a, b in zip(save["counts"], last, strict=True)):
-            raise ValueError("a snapshot has more blocks than the context")
-
-
-def _whole(value: Any, least: int, most: int) -> bool:
-    return type(value) is int and least <= value <= most
-
-
-def _stops(values: Any, streams: int) -> bool:
-    return (
-        isinstance(values, list)
-        and len(values) == streams
-        and all(_whole(value, 0, MOST_BLOCKS) for value in values)
-    )
 
 
 def check_name(name: str) -> None:

@@ -14,7 +14,8 @@ import torch
 from numpy.typing import NDArray
 
 from kvstore.errors import CorruptBlockError
-from kvstore.saved_contexts import Manifest, SavedContexts, gone_back
+from kvstore.manifest import Manifest, gone_back
+from kvstore.saved_contexts import SavedContexts
 from kvstore.store import Store
 
 

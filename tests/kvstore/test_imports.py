@@ -73,7 +73,7 @@ def test_imports_within_the_store_point_one_way():
         ["errors", "block"],
         ["policy", "trace", "stats"],
         ["config", "codec"],
-        ["tiers"],
+        ["tiers", "manifest"],
         ["residency", "streams"],
         ["index", "occupancy", "recorder", "jobs", "waves"],
         ["mover"],

@@ -13,7 +13,7 @@ from twin import LANDMARK, SIZE, Twin, reopened
 
 from kvstore import saved_contexts
 from kvstore.errors import CorruptBlockError, KVStoreError
-from kvstore.saved_contexts import numbers_of
+from kvstore.manifest import numbers_of
 from kvstore.tiers.tree import fault_of
 from kvstore.verify import repair, verify
 

@@ -20,7 +20,7 @@ from kvstore import BlockSpec, Context, KVStoreError, Store, StoreConfig
 from kvstore.cli import options
 from kvstore.cli.memory import PeakMemory
 from kvstore.cli.report import Index, Report, Tier
-from kvstore.cli.text_chain import TextChain
+from kvstore.cli.text_chain import TextChain, TextDigests
 from kvstore.cli.usage import checking_input
 from kvstore.saved_contexts import SavedContexts
 from kvstore.tiers.spec_file import read_spec
@@ -60,9 +60,10 @@ class ClockedStream(Stream):
 
 
 class Session:
-    """Reads texts into a context and answers prompts on it. A context manager; for one thread.
+    """Reads texts into a context and answers prompts on it, in one thread.
 
-    Made by `begin` or `resume`. A kept context that is left by an error is as it was saved last.
+    Made by `begin` or `resume`, and ended by what they put on their stack. A kept context that is
+    left by an error is as it was saved last.
     """
 
     def __init__(
@@ -73,10 +74,7 @@ class Session:
         chain: TextChain,
         began: float | None = None,
     ) -> None:
-        """Go on with a stream. chain: of what it has read; began: when the first answer was wanted.
-
-        Whoever makes it closes what it is made of.
-        """
+        """chain: of what the stream has read; began: when the first answer was wanted."""
         self._stream = stream
         self._context = stream.context
         self._store = stream.store
@@ -231,17 +229,21 @@ def _read_before(
     reuse: bool,
 ) -> TextChain:
     """Return what of a text the context of this name has read, or can have from another one."""
-    found: tuple[TextChain, str, int | None] = (TextChain(), name, None)
+    digests = TextDigests(text)
+    longest, source, at = TextChain(), name, None
     for each in kept.names():
         manifest = kept.require(each)
         info = manifest["info"]
-        alike = manifest["fingerprint"] == fingerprint and made.items() <= info.items()
+        alike = manifest["fingerprint"] == fingerprint and "text" in info
+        alike = alike and all(info.get(key) == made[key] for key in ("retrieval", "index"))
         if each == name:
-            reason = "was made otherwise" if not alike else "has read another text"
-            if alike and reuse and (chain := TextChain.from_json(info["text"])).begins(text):
-                return chain
+            reason = "has read another text"
             if not reuse:
                 reason = "is kept already"
+            elif not alike:
+                reason = "was made otherwise"
+            elif digests.begin_with(chain := TextChain.from_json(info["text"])):
+                return chain
             raise ValueError(
                 f"context {name!r} {reason}: choose another name, or remove it with "
                 "`kvstore contexts DIR rm`"
@@ -252,12 +254,11 @@ def _read_before(
         places += [(snap["info"], i) for i, snap in enumerate(manifest["snapshots"])]
         for of_place, snapshot in places:
             chain = TextChain.from_json(of_place["text"])
-            if chain.tokens > found[0].tokens and chain.begins(text):
-                found = chain, each, snapshot
-    chain, source, snapshot = found
-    if chain.tokens:
-        kept.fork(source, name, snapshot)
-    return chain
+            if chain.tokens > longest.tokens and digests.begin_with(chain):
+                longest, source, at = chain, each, snapshot
+    if longest.tokens:
+        kept.fork(source, name, at)
+    return longest
 
 
 def resume(args: argparse.Namespace, stack: ExitStack) -> Session:

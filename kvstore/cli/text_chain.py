@@ -31,10 +31,6 @@ class TextChain:
             digest = hashlib.sha256(digest + rest[start : start + PAGE]).digest()
         return TextChain(self.tokens + len(text), digest, rest[whole:])
 
-    def begins(self, text: bytes) -> bool:
-        """Say whether another text begins with this one."""
-        return len(text) >= self.tokens and TextChain().extended(text[: self.tokens]) == self
-
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""
         return {"tokens": self.tokens, "digest": self.digest.hex(), "tail": self.tail.hex()}
@@ -44,3 +40,23 @@ class TextChain:
         """Read what `to_json` gave."""
         digest, tail = (bytes.fromhex(values[key]) for key in ("digest", "tail"))
         return cls(int(values["tokens"]), digest, tail)
+
+
+class TextDigests:
+    """A text, and what the chain of its beginnings would be."""
+
+    def __init__(self, text: bytes) -> None:
+        self._text = text
+        self._pages = [b""]  # the digest after so many whole pages
+
+    def begin_with(self, chain: TextChain) -> bool:
+        """Say whether the text begins with what a chain is of."""
+        pages = chain.tokens // PAGE
+        if len(self._text) < chain.tokens:
+            return False
+        while len(self._pages) <= pages:
+            start = (len(self._pages) - 1) * PAGE
+            page = self._text[start : start + PAGE]
+            self._pages.append(hashlib.sha256(self._pages[-1] + page).digest())
+        tail = self._text[pages * PAGE : chain.tokens]
+        return (self._pages[pages], tail) == (chain.digest, chain.tail)

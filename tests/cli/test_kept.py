@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from kvstore.cli import session
-from kvstore.cli.text_chain import PAGE, TextChain
+from kvstore.cli.text_chain import PAGE, TextChain, TextDigests
 from model import checkpoint
 
 Kvstore = Callable[..., Any]
@@ -283,6 +283,8 @@ def test_another_model_is_never_served(
     assert ran.code == 2
     assert "mine.safetensors" in ran.err
     assert ask("a", "--model", weights).code == 0  # the same one, elsewhere
+    assert keep("a", "--json").figures["reused_tokens"] == 10_010
+    assert ask("a").code == 0
 
 
 def test_a_context_of_another_program_is_told_apart(
@@ -307,14 +309,16 @@ def test_a_chain_knows_what_begins_with_it(size: int) -> None:
         chain = chain.extended(text[start : min(start + 1000, size)])
     assert chain == TextChain().extended(text[:size])
     assert TextChain.from_json(json.loads(json.dumps(chain.to_json()))) == chain
-    assert chain.begins(text)
-    assert chain.begins(text[:size])
+    assert TextDigests(text).begin_with(chain)
+    digests = TextDigests(text[:size])
+    assert digests.begin_with(chain)
+    assert digests.begin_with(TextChain().extended(text[: size // 2]))
     if size:
-        assert not chain.begins(text[: size - 1])
+        assert not TextDigests(text[: size - 1]).begin_with(chain)
         for at in (0, size // 2, size - 1):
             wrong = bytearray(text)
             wrong[at] ^= 1
-            assert not chain.begins(bytes(wrong))
+            assert not TextDigests(bytes(wrong)).begin_with(chain)
 
 
 def test_several_ask_beside_one_who_writes(

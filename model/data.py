@@ -163,14 +163,16 @@ _THINGS = (
 class Sample:
     """text: uint8 [length]; weight: float32 [length], of predicting that byte from those before.
 
-    said: bool [length], the bytes of needles, decoys, question and answer; answer: the digits;
-    passage: samples of a batch with the same number are one text, in order.
+    said: bool [length], the bytes of needles, decoys, question and answer; answer: the digits, and
+    asked: the question, up to them. passage: samples of a batch with the same number are one text,
+    in order.
     """
 
     text: Bytes
     weight: NDArray[np.float32]
     said: NDArray[np.bool_]
     answer: slice | None
+    asked: slice | None = None
     passage: int = -1
 
 
@@ -255,7 +257,7 @@ class Tasks:
         tail = int(rng.integers(0, min(48, room // 2 + 1)))
         room -= tail
         for _ in range(rng.integers(0, 4)):
-            decoy = self._decoy(rng, name)
+            decoy = self._decoy(rng, name, number)
             if room - len(decoy) > length // 3:
                 hidden.append(decoy)
                 room -= len(decoy)
@@ -276,7 +278,8 @@ class Tasks:
             np.concatenate([data for data, _, _ in pieces]),
             np.concatenate([np.full(len(data), each, np.float32) for data, each, _ in pieces]),
             np.concatenate([np.full(len(data), said) for data, _, said in pieces]),
-            slice(at + 1, at + 1 + len(number)),
+            answer=slice(at + 1, at + 1 + len(number)),
+            asked=slice(at - len(question), at + 1),
         )
 
     def _saying(self, rng: np.random.Generator, name: str, number: str) -> str:
@@ -289,19 +292,21 @@ class Tasks:
             return f" Please note that the {name} is {number}, and keep it. "
         return f" The {name} is {number}. ".upper()
 
-    def _decoy(self, rng: np.random.Generator, name: str) -> str:
+    def _decoy(self, rng: np.random.Generator, name: str, number: str) -> str:
+        """Say something that is not it: of another thing, or a number that begins the same."""
         other = name
         while other == name or other == "pass key":
             other = _THINGS[rng.integers(len(_THINGS))]
-        number = rng.integers(10000, 100000)
+        same = int(rng.integers(0, 5))
+        number = number[:same] + str(rng.integers(10000, 100000))[same:]
         kind = rng.random()
-        if kind < 0.4:
+        if kind < 0.3:
             return f" The {other} is {number}. Remember it. {number} is the {other}. "
-        if kind < 0.7:
+        if kind < 0.5:
             return f" The {other} is {number}. "
-        if kind < 0.85:
+        if kind < 0.65:
             return f" What is the {other}? "
-        return f" {number} "
+        return (f" {number} ", f" = {number}\n", f"({number}, ")[rng.integers(3)]
 
 
 def _plain(text: Bytes, weight: NDArray[np.float32] | None = None) -> Sample:

@@ -38,6 +38,7 @@ class LandmarkAttention(nn.Module):
         gating: float | Tensor = 1.0,
         passage: Tensor | None = None,  # int64 [B]
         apart: Tensor | None = None,  # bool [B, N]
+        asking: Tensor | None = None,  # bool [B, N, P - 1]
     ) -> Tensor:  # [B, N, P, width]
         """Attend over whole sequences with every past block, for training.
 
@@ -51,12 +52,15 @@ class LandmarkAttention(nn.Module):
         passage: sequences with the same number are one text, in order; of these, each may have the
         blocks of those before it and so learns what far blocks are good for.
         apart: blocks that are not to be distractors, because nothing tells them from what a text
-        has itself. gating: see grouped_softmax_attention.
+        has itself. asking: bytes that ask for what only their own text says; these may choose for
+        the block they are in. gating: see grouped_softmax_attention.
         """
         q, k, v = self.project(x)
         others = None
         if distractors:
-            others = _foreign_blocks(q, k, v, rotary, distractors, near, gating, passage, apart)
+            others = _foreign_blocks(
+                q, k, v, rotary, distractors, near, gating, passage, apart, asking
+            )
         blocks, stride = x.shape[-3], x.shape[-2]
         place = torch.arange(blocks * stride, device=x.device).view(blocks, stride)
         table = rotary.table(place, q.dtype)
@@ -118,8 +122,9 @@ def _foreign_blocks(
     gating: float | Tensor,
     passage: Tensor | None,
     apart: Tensor | None,
+    asking: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Choose for each block up to `count` others by the queries of the block before.
+    """Choose for each block up to `count` others by the queries of the block before, or asking.
 
     Returns their tokens' logits [B, H, N, P, count * tokens] and values [B, H, N, X, D].
     """
@@ -131,7 +136,11 @@ def _foreign_blocks(
     q = q * dim**-0.5
     with torch.no_grad():
         shared = rotate(q, rotary.table(offsets + (near + 1) * stride, q.dtype))
-        scores = torch.einsum("bhnpd,hmd->bhnpm", shared, pool_k[:, :, tokens]).amax(dim=-2)
+        scores = torch.einsum("bhnpd,hmd->bhnpm", shared, pool_k[:, :, tokens])
+        before = F.pad(scores.amax(dim=-2)[:, :, :-1], (0, 0, 1, 0), value=float("-inf"))
+        if asking is not None:
+            own = scores[..., :tokens, :].masked_fill(~asking[:, None, ..., None], float("-inf"))
+            before = torch.maximum(before, own.amax(dim=-2))
         sequence = torch.arange(batch, device=q.device)
         passage = sequence if passage is None else passage
         same = passage[:, None] == passage  # [B, B]
@@ -139,8 +148,7 @@ def _foreign_blocks(
         barred = (same & ~earlier).repeat_interleave(blocks, dim=1)
         if apart is not None:
             barred = barred | apart.flatten()
-        scores = F.pad(scores[:, :, :-1], (0, 0, 1, 0), value=float("-inf"))
-        best, chosen = scores.masked_fill(barred[:, None, None], float("-inf")).topk(count, dim=-1)
+        best, chosen = before.masked_fill(barred[:, None, None], float("-inf")).topk(count, dim=-1)
         chosen = chosen.masked_fill(best.isneginf(), -1).sort(dim=-1).values  # [B, H, N, count]
         absent = chosen < 0
     head = torch.arange(heads, device=q.device)[:, None, None]

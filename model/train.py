@@ -103,19 +103,21 @@ def optimizers_of(model: Transformer, rate: float) -> list[torch.optim.Optimizer
     ]
 
 
-def tensors(
-    samples: list[Sample], block_size: int, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return a batch's texts, weights, passages and blocks set apart, as `loss_of` takes them."""
+def tensors(samples: list[Sample], block_size: int, device: torch.device) -> tuple[Tensor, ...]:
+    """Return texts, weights, passages, blocks set apart and asking bytes, as `loss_of` has them."""
     said = torch.from_numpy(np.stack([s.said for s in samples]))
+    asking = torch.zeros(said.shape, dtype=torch.bool)
+    for row, sample in zip(asking, samples, strict=True):
+        if sample.asked:
+            row[sample.asked] = True
     parts = (
         torch.from_numpy(np.stack([s.text for s in samples]).astype(np.int64)),
         torch.from_numpy(np.stack([s.weight for s in samples])),
         torch.tensor([s.passage for s in samples]),
         said.unflatten(1, (-1, block_size)).any(dim=-1),
+        asking.unflatten(1, (-1, block_size)),
     )
-    x, weight, passage, apart = (part.to(device) for part in parts)
-    return x, weight, passage, apart
+    return tuple(part.to(device) for part in parts)
 
 
 def loss_of(
@@ -125,12 +127,13 @@ def loss_of(
     distractors: int = 0,
     gating: float | Tensor = 1.0,
     passage: Tensor | None = None,  # int64 [B], see LandmarkAttention.forward
-    apart: Tensor | None = None,  # bool [B, length / block_size]
+    apart: Tensor | None = None,  # bool [B, N]
+    asking: Tensor | None = None,  # bool [B, N, block_size]
 ) -> Tensor:
     """Return the weighted mean cross entropy, nats a byte."""
     blocks = text.unflatten(1, (-1, model.config.block_size))
     with torch.autocast(text.device.type, torch.bfloat16):
-        logits = model(blocks, distractors, gating, passage, apart)
+        logits = model(blocks, distractors, gating, passage, apart, asking)
     logits = logits.float().flatten(1, 2)[:, :-1]
     loss = F.cross_entropy(logits.flatten(0, 1), text[:, 1:].flatten(), reduction="none")
     weight = weight[:, 1:].flatten()
@@ -336,10 +339,10 @@ def train(arguments: argparse.Namespace) -> None:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, total, peak)
             optimizer.zero_grad(set_to_none=True)
-        x, w, passage, apart = tensors(samples, model.config.block_size, device)
+        x, w, passage, apart, asking = tensors(samples, model.config.block_size, device)
         # As a tensor, since every new number would be compiled anew.
         gating = torch.tensor(gating_at(step, CURRICULUM), device=device)
-        loss = loss_of(forward, x, w, stage.distractors, gating, passage, apart)
+        loss = loss_of(forward, x, w, stage.distractors, gating, passage, apart, asking)
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:

@@ -132,14 +132,16 @@ class Transformer(nn.Module):
         gating: float | Tensor = 1.0,
         passage: Tensor | None = None,  # int64 [B]
         apart: Tensor | None = None,  # bool [B, N]
+        asking: Tensor | None = None,  # bool [B, N, block_size]
     ) -> Tensor:  # [B, N, P, width]
         """Run whole sequences densely; for the options see LandmarkAttention.forward."""
         x = self.embed(tokens)
         for layer in self.stack:
             inner = layer.attention_norm(x)
             if isinstance(layer.attention, LandmarkAttention):
+                near = self.config.near
                 x = x + layer.attention(
-                    inner, self.rotary, distractors, self.config.near, gating, passage, apart
+                    inner, self.rotary, distractors, near, gating, passage, apart, asking
                 )
             else:
                 x = x + layer.attention(inner, self.rotary)
@@ -153,7 +155,8 @@ class Transformer(nn.Module):
         gating: float | Tensor = 1.0,
         passage: Tensor | None = None,  # int64 [B]
         apart: Tensor | None = None,  # bool [B, N]
+        asking: Tensor | None = None,  # bool [B, N, block_size]
     ) -> Tensor:  # [B, N, block_size, 256]
         """Return next-byte logits; landmark rows predict nothing."""
-        x = self.hidden(tokens, distractors, gating, passage, apart)[..., :-1, :]
+        x = self.hidden(tokens, distractors, gating, passage, apart, asking)[..., :-1, :]
         return self.head(self.norm(x))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import gzip
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -255,6 +256,10 @@ def test_the_answer_is_where_it_is_said_to_be(tasks: Tasks) -> None:
         heavy = np.flatnonzero(sample.weight == tasks.answer_weight)
         assert heavy.tolist() == list(range(answer.start - 1, answer.stop + 1))
         assert sample.said[answer.start - 1 : answer.stop + 1].all()
+        question = text[sample.asked]
+        assert before.endswith(question)
+        assert question.endswith(f" The {name} is ".encode())
+        assert question.startswith((f" What is the {name}?".encode(), f" The {name}".encode()))
         at = text.index(hidden)
         assert sample.said[at : at + len(hidden)].all()
         assert not sample.said[answer.stop + 1 :].any()
@@ -301,6 +306,16 @@ def test_needles_lie_at_every_depth_among_decoys(tasks: Tasks) -> None:
     assert low < 0.2
     assert high > 0.7
     assert decoys > 60
+
+
+def test_some_decoys_are_numbers_that_begin_like_the_key(tasks: Tasks) -> None:
+    alike = Counter()
+    for sample in draws(tasks, 1024, 400):
+        assert sample.answer is not None
+        text, key = sample.text.tobytes(), sample.text[sample.answer].tobytes()
+        for other in re.findall(rb" (?=[1-9]\d{4}[. \n])(\d{5})", text):
+            alike[next((i for i in range(5) if other[i] != key[i]), 5)] += 1
+    assert all(alike[same] > 20 for same in range(5))
 
 
 def test_a_thing_with_a_long_name_fits_the_shortest_sample(tasks: Tasks) -> None:

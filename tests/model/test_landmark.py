@@ -85,6 +85,7 @@ def layer_by_formula(
     gating: float = 1.0,
     passage: list[int] | None = None,
     apart: Tensor | None = None,
+    asking: Tensor | None = None,
 ) -> Tensor:
     """The whole layer, from its two weight matrices."""
     passage = list(range(len(x))) if passage is None else passage
@@ -112,10 +113,13 @@ def layer_by_formula(
             values = [v[b, h, :, :tokens].flatten(0, 1).expand(blocks, -1, -1)]
             extra = []
             for n in range(blocks) if distractors else []:
-                far = [turned(q[b, h, n - 1, p], p + (near + 1) * stride) for p in range(stride)]
+                judges = [(n - 1, p) for p in range(stride)] if n else []
+                if asking is not None:
+                    judges += [(n, p) for p in range(tokens) if asking[b, n, p]]
+                far = [turned(q[b, h, m, p], p + (near + 1) * stride) for m, p in judges]
                 allowed = [o for o in range(batch) if o < b or passage[o] != passage[b]]
                 pool = [(o, m) for o in allowed if o != b for m in range(blocks)]
-                pool = [om for om in pool if n and (apart is None or not apart[om])]
+                pool = [om for om in pool if judges and (apart is None or not apart[om])]
                 score = {
                     om: max((row @ turned(k[om[0], h, om[1], -1], tokens)).item() for row in far)
                     for om in pool
@@ -276,6 +280,24 @@ def test_who_may_have_which_blocks(passage: list[int] | None) -> None:
     found = layer(x, Rotary(4, 10000.0), 2, near=2, passage=numbers, apart=apart)
     assert gap(found, expected) < NEAR
     assert gap(layer(x, Rotary(4, 10000.0), 2, near=2), expected) > 1e-3
+
+
+def test_bytes_that_ask_choose_for_their_own_block() -> None:
+    torch.manual_seed(0)
+    layer = LandmarkAttention(8, heads=2).double()
+    for p in layer.parameters():
+        torch.nn.init.normal_(p, std=0.7)
+    x = random(7, 3, 3, 4, 8)
+    asking = torch.zeros(3, 3, 3, dtype=torch.bool)
+    asking[0, 0, 1] = asking[1, 2, 0] = asking[2, 1] = True
+    plain = layer(x, Rotary(4, 10000.0), 2, near=2)
+    found = layer(x, Rotary(4, 10000.0), 2, near=2, asking=asking)
+    assert gap(found, layer_by_formula(layer, x, 2, near=2, asking=asking)) < NEAR
+    moved = (found - plain).abs().amax((-1, -2)) > 1e-6
+    assert not moved[~asking.any(-1)].any()
+    assert moved[0, 0]
+    nobody = layer(x, Rotary(4, 10000.0), 2, near=2, asking=torch.zeros_like(asking))
+    assert torch.equal(nobody, plain)
 
 
 def test_no_byte_knows_a_later_one_of_its_passage() -> None:

@@ -246,15 +246,16 @@ def test_blocks_that_speak_of_needles_are_set_apart() -> None:
     said[1, 40] = said[2, 95] = True
     text = np.arange(96, dtype=np.uint8)
     samples = [
-        Sample(text + i, np.full(96, 0.5 * i, np.float32), row, None, passage=7 - i)
-        for i, row in enumerate(said)
+        Sample(text + i, np.full(96, 0.5 * i, np.float32), row, None, asked, passage=7 - i)
+        for i, (row, asked) in enumerate(zip(said, (None, slice(30, 33), None), strict=True))
     ]
-    x, weight, passage, apart = train.tensors(samples, 32, torch.device("cpu"))
+    x, weight, passage, apart, asking = train.tensors(samples, 32, torch.device("cpu"))
     assert x.dtype == torch.int64
     assert x[2].tolist() == list(range(2, 98))
     assert weight[:, 0].tolist() == [0.0, 0.5, 1.0]
     assert passage.tolist() == [7, 6, 5]
     assert apart.int().tolist() == [[0, 0, 0], [0, 1, 0], [0, 0, 1]]
+    assert asking.nonzero().tolist() == [[1, 0, 30], [1, 0, 31], [1, 1, 0]]
 
 
 @pytest.mark.slow

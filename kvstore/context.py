@@ -6,6 +6,7 @@ tiers, and never looks at what a model means by its streams.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -399,7 +400,12 @@ class Context:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.close(save=kind is None)
+        if kind is None:
+            self.close()
+            return
+        # An interrupt can leave a pin behind. What it holds goes with the store, or in a sweep.
+        with contextlib.suppress(ValueError):
+            self.close(save=False)
 
     def _check(self) -> None:
         if self._closed:

@@ -193,6 +193,12 @@ class Lookups:
             self._ending.popleft()
             self._mover.hot.unpin(slots)
 
+    def drop_pins(self) -> None:
+        """End all pins, also those that an interrupt has left behind: nobody uses a slot again."""
+        self.end_pins(wait=True)
+        self._mover.hot.pins[:] = 0
+        self._mover.hot.pinned[:] = False
+
     def room(self, enough: int) -> int:
         """Hot slots that are not pinned; waits for a device's last reads if they are too few."""
         room = self._mover.room()

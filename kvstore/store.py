@@ -401,6 +401,7 @@ class Store:
         if self._writer is not None:
             # What failed before is tried again by `flush`, or of no interest any more.
             self._writer.failure = None
+        self._lookups.drop_pins()
         with ExitStack() as stack:
             stack.callback(self._end)
             if self.config.directory is not None:

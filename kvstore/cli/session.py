@@ -207,13 +207,11 @@ def begin(args: argparse.Namespace, stack: ExitStack, text: bytes = b"") -> Sess
             "index": config.index.kind,
         }
         chain = _read_before(store.kept, name, text, fingerprint, made, args.reuse)
-    context = stack.enter_context(
-        store.context(
-            name,
-            streams=sizes.retrieving * sizes.heads,
-            landmark_dim=sizes.head_dim,
-            fingerprint=fingerprint,
-        )
+    context = store.context(
+        name,
+        streams=sizes.retrieving * sizes.heads,
+        landmark_dim=sizes.head_dim,
+        fingerprint=fingerprint,
     )
     if name is not None:
         context.info |= made
@@ -276,9 +274,7 @@ def resume(args: argparse.Namespace, stack: ExitStack) -> Session:
     if "model" not in info:
         raise ValueError(f"context {args.context!r} says no model: `kvstore run` has not made it")
     model = checkpoint.load(args.model or info["model"]).to(config.torch_device)
-    context = stack.enter_context(
-        store.context(args.context, fingerprint=checkpoint.fingerprint(model))
-    )
+    context = store.context(args.context, fingerprint=checkpoint.fingerprint(model))
     retrieval = Retrieval(**info["retrieval"])
     chain = TextChain.from_json(info["text"])
     return Session(ClockedStream(model, context, retrieval), sampling, memory, chain, began)

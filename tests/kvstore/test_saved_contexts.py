@@ -238,6 +238,27 @@ def test_a_store_left_by_an_error_saves_no_context(make_store, tmp_path):
     twin.check()
 
 
+@pytest.mark.parametrize("closes", ["context", "store"])
+def test_a_pin_that_an_interrupt_left_hides_no_error(make_store, tmp_path, closes):
+    store = make_store(tmp_path)
+    keep(store, "a", 20).context.close()
+    twin = keep(store, "b", 20, 2)
+
+    def stop() -> None:
+        with store if closes == "store" else twin.context:
+            store.pinned(twin.context.ids([0], torch.arange(3)[None])).__enter__()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stop()
+    store.close()
+    store = make_store(tmp_path)
+    store.sweep()
+    assert store.kept.names() == ["a"]
+    assert len(store) == 10
+    store.check()
+
+
 def test_what_a_killed_process_left_is_swept(make_store, tmp_path):
     store = make_store(tmp_path)
     kept = keep(store, "a", 20)

@@ -10,6 +10,7 @@ earlier save of the same context, to go back to: it names the same pieces, and a
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Iterator, Sequence
@@ -95,7 +96,13 @@ class SavedContexts:
     def names(self) -> list[str]:
         """Return the names, sorted as their keys are."""
         keys = self._store.record_keys(_CONTEXT)
-        return [unquote(key[len(_CONTEXT) :].decode()) for key in keys]
+        return [name for key in keys if (name := _name(key)) is not None]
+
+    def strange_keys(self) -> list[bytes]:
+        """Return keys of our kinds that no save has written: a damaged page can have some."""
+        store = self._store
+        contexts = [key for key in store.record_keys(_CONTEXT) if _name(key) is None]
+        return contexts + [key for key in store.record_keys(_PIECE) if _number(key) is None]
 
     def manifest(self, name: str) -> Manifest | None:
         """Return the manifest; None if there is none.
@@ -108,6 +115,8 @@ class SavedContexts:
                 return None
             manifest: Manifest = json.loads(value)
             version = manifest["format"]
+            if type(version) is not int:
+                raise ValueError(f"its format is {version!r}")
             if version == FORMAT:
                 check_manifest(manifest, self._store.spec)
         except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -128,6 +137,12 @@ class SavedContexts:
                 f"no context {name!r} is kept; there are: {', '.join(self.names()) or '-'}"
             )
         return manifest
+
+    def require_version(self) -> None:
+        """Raise ValueError if a context is of another version of the format."""
+        for name in self.names():
+            with contextlib.suppress(CorruptBlockError):
+                self.manifest(name)
 
     def describe(self, name: str) -> KeptContext:
         """Return what is known of a context. KeyError if there is none."""
@@ -341,8 +356,8 @@ class SavedContexts:
         return piece
 
     def _next_number(self) -> int:
-        keys = self._store.record_keys(_PIECE)
-        return int(keys[-1][len(_PIECE) :]) + 1 if keys else 0
+        numbers = [_number(key) for key in self._store.record_keys(_PIECE)]
+        return max((number for number in numbers if number is not None), default=-1) + 1
 
 
 def check_name(name: str) -> None:
@@ -355,6 +370,21 @@ def check_name(name: str) -> None:
 def _key(name: str) -> bytes:
     check_name(name)
     return _CONTEXT + quote(name, safe="").encode()
+
+
+def _name(key: bytes) -> str | None:
+    """Return whose manifest a key is of; None if it is no key that `_key` makes."""
+    try:
+        name = unquote(key[len(_CONTEXT) :].decode())
+        return name if _key(name) == key else None
+    except ValueError:
+        return None
+
+
+def _number(key: bytes) -> int | None:
+    """Return which piece a key is of; None if it is no key that `_piece_key` makes."""
+    digits = key[len(_PIECE) :]
+    return int(digits) if digits.isdigit() and _piece_key(int(digits)) == key else None
 
 
 def _piece_key(number: int) -> bytes:

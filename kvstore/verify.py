@@ -26,7 +26,7 @@ class Findings:
     blocks, contexts: how many were looked at. damaged: what is not what was written, in words.
     broken: the damaged contexts; None where not even the manifest can be read, otherwise what it
     can go back to, or an empty dict where there is nothing. their_blocks: what they had, as far
-    as that can be read. lost_blocks: damaged ones, by id.
+    as that can be read. strange: keys that no save has written. lost_blocks: damaged ones, by id.
     unreferenced: blocks that no context has: put otherwise, or left by a process that was killed.
     """
 
@@ -34,6 +34,7 @@ class Findings:
     contexts: int = 0
     damaged: list[str] = field(default_factory=list)
     broken: dict[str, Manifest | None] = field(default_factory=dict)
+    strange: list[bytes] = field(default_factory=list)
     lost_blocks: list[int] = field(default_factory=list)
     their_blocks: list[NDArray[np.int64]] = field(default_factory=list)
     unreferenced: int = 0
@@ -42,10 +43,12 @@ class Findings:
 def verify(store: Store, progress: Callable[[int], None] = lambda blocks: None) -> Findings:
     """Read all that a store keeps: frames, records, manifests and the pieces they name.
 
-    Tell now and then how many blocks are read. No context may be open.
+    Tell now and then how many blocks are read. ValueError if a context is open, or one is of
+    another version of the format, which may be whole.
     """
     if store.contexts:
         raise ValueError("a store is verified while no context is open")
+    store.kept.require_version()
     lost = store.verify(progress)
     findings = Findings(blocks=len(store), lost_blocks=sorted(lost))
     findings.damaged += [lost[block] for block in findings.lost_blocks]
@@ -62,9 +65,11 @@ def verify(store: Store, progress: Callable[[int], None] = lambda blocks: None) 
         try:
             manifest = store.kept.require(name)
             used.append(_verify_context(store.kept, name, manifest, present, findings))
-        except (CorruptBlockError, ValueError) as error:
+        except CorruptBlockError as error:
             findings.damaged.append(str(error))
             findings.broken[name] = None
+    findings.strange = store.kept.strange_keys()
+    findings.damaged += [f"record {key!r} is none of ours" for key in findings.strange]
     findings.unreferenced = len(np.setdiff1d(store.ids(), np.concatenate(used)))
     return findings
 
@@ -72,13 +77,19 @@ def verify(store: Store, progress: Callable[[int], None] = lambda blocks: None) 
 def repair(store: Store, findings: Findings) -> list[str]:
     """Put right what was found, as far as that can be done; return in words what was lost."""
     done = []
+    store.put_records(dict.fromkeys(findings.strange))
     for name, back in findings.broken.items():
+        before = store.kept.manifest(name) if back else None
         store.kept.replace(name, back or None)
-        if back:
-            tokens = max(back["counts"]) * store.spec.block_size
-            done.append(f"context {name!r} was cut back to {tokens:,} tokens")
-        else:
+        if not back:
             done.append(f"context {name!r} was removed: nothing whole of it was left")
+        elif before is not None and before["counts"] == back["counts"]:
+            lost = len(before["snapshots"]) - len(back["snapshots"])
+            done.append(f"context {name!r} is whole, without {lost} damaged snapshots")
+        else:
+            size, counts = store.spec.block_size, zip(back["counts"], back["filled"], strict=True)
+            tokens = max(blocks * size + filled for blocks, filled in counts)
+            done.append(f"context {name!r} was cut back to {tokens:,} tokens")
     store.kept.sweep()
     used = store.kept.used_ids()
     had = np.concatenate([np.empty(0, np.int64), findings.lost_blocks, *findings.their_blocks])

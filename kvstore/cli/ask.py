@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import time
+from functools import partial
 
 from kvstore.cli import options
 from kvstore.cli.usage import words
@@ -25,15 +27,10 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
         allow_abbrev=False,
         formatter_class=options.HelpFormatter,
     )
-    options.add_kept(parser)
+    options.add_asking(parser)
     parser.add_argument(
         "--prompt", metavar="TEXT", type=words, required=True, help="what to go on from"
     )
-    parser.add_argument(
-        "--append", action="store_true", help="keep prompt and answer, behind what was read"
-    )
-    options.add_store(parser, hot="64MiB", warm="256MiB")
-    options.add_answer(parser, stop=())
     parser.set_defaults(main=main)
 
 
@@ -42,7 +39,7 @@ def main(args: argparse.Namespace) -> int:
     from kvstore.cli.screen import Screen
     from kvstore.cli.session import note_asked, opened, resume
 
-    with opened(args, resume) as session:
+    with opened(args, partial(resume, began=time.perf_counter())) as session:
         screen = Screen(args.json)
         screen.report(session.report(screen.converse(session, args.prompt, args.append)))
     note_asked(args)

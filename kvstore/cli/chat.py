@@ -26,12 +26,7 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
         allow_abbrev=False,
         formatter_class=options.HelpFormatter,
     )
-    options.add_kept(parser)
-    parser.add_argument(
-        "--append", action="store_true", help="keep prompts and answers, behind what was read"
-    )
-    options.add_store(parser, hot="64MiB", warm="256MiB")
-    options.add_answer(parser, stop=())
+    options.add_asking(parser)
     parser.set_defaults(main=main)
 
 

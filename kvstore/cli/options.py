@@ -93,13 +93,18 @@ def add_cold(parser: argparse._ActionsContainer) -> None:
     )
 
 
-def add_kept(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments that name a kept context."""
+def add_asking(parser: argparse.ArgumentParser) -> None:
+    """Add what the commands that ask a kept context share."""
     parser.add_argument("store", metavar="DIR", type=words, help="the store's directory")
     parser.add_argument("context", metavar="NAME", type=words, help="the context's name")
     parser.add_argument(
         "--model", metavar="FILE", help="the checkpoint that made it, where it has been moved"
     )
+    parser.add_argument(
+        "--append", action="store_true", help="keep prompt and answer, behind what was read"
+    )
+    add_store(parser, hot="64MiB", warm="256MiB")
+    add_answer(parser, stop=())
 
 
 def add_answer(parser: argparse.ArgumentParser, *, stop: tuple[str, ...]) -> None:

@@ -259,12 +259,12 @@ def _read_before(
     return longest
 
 
-def resume(args: argparse.Namespace, stack: ExitStack) -> Session:
+def resume(args: argparse.Namespace, stack: ExitStack, began: float | None = None) -> Session:
     """Make a session on a kept context, with the model that made it.
 
-    args: of options.add_kept, add_store and add_answer. KeyError where there is no such context.
+    args: of options.add_asking. began: when the first question was asked,
+    if it was before. KeyError where there is no such context.
     """
-    began = time.perf_counter()
     # Only to read, so that several may ask at once, beside one who writes.
     config = replace(options.store_config(args), read_only=not args.append)
     sampling = options.sampling(args)

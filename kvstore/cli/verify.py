@@ -45,6 +45,8 @@ def main(args: argparse.Namespace) -> int:
     with checking_input():
         store = open_to_look(args)
     with store:
+        with checking_input():  # a context of another version is no damage
+            store.kept.require_version()
         blocks = len(store)
         quiet = args.json or not Console(stderr=True).is_terminal
         with Progress(console=Console(stderr=True), disable=quiet, transient=True) as progress:

@@ -122,7 +122,9 @@ def test_a_damaged_rest_and_a_lost_piece(kept):
     found = verify(store)
     assert {name: bool(back) for name, back in found.broken.items()} == {"main": True, "fork": True}
     assert any("lacks its piece" in words for words in found.damaged)
-    repair(store, found)
+    words = repair(store, found)
+    assert "context 'main' was cut back to 123 tokens" in words
+    assert "context 'fork' is whole, without 1 damaged snapshots" in words
     assert verify(store).damaged == []
     same(store, "main", pasts["main 123"])
     same(store, "fork", pasts["fork"])  # of it only a snapshot was damaged
@@ -141,6 +143,39 @@ def test_an_unreadable_manifest_goes_and_others_stay(kept):
     assert store.sweep() == found.unreferenced
     for name in ("apart", "main"):
         same(store, name, pasts[name])
+
+
+def test_keys_that_no_save_has_written(kept):
+    store, pasts = kept
+    strange = [
+        b"context/\xff",
+        b"context/a/b",
+        b"context/%61",
+        b"piece/7",
+        b"piece/\xff",
+        b"piece/x",
+    ]
+    for key in strange:
+        store.put_record(key, b"anything")
+    assert store.kept.names() == ["apart", "fork", "main"]
+    found = verify(store)
+    assert sorted(found.strange) == sorted(strange)
+    assert len(found.damaged) == len(strange)
+    with store.context("main") as context:
+        context.save()
+    repair(store, found)
+    assert verify(store).damaged == []
+    for name in ("apart", "fork", "main"):
+        same(store, name, pasts[name])
+
+
+def test_a_context_of_another_version_is_left_alone(kept):
+    store, _ = kept
+    value = store.get_record(b"context/main")
+    store.put_record(b"context/main", value.replace(b'"format": 2', b'"format": 3'))
+    with pytest.raises(ValueError, match="'main' was saved in format 3"):
+        verify(store)
+    assert store.get_record(b"context/main")
 
 
 def test_repair_finds_nothing_in_a_store_of_blocks_alone(make_store, tmp_path):

@@ -590,17 +590,25 @@ def fuzzed(tmp_path_factory):
         yield store, twin, {key: store.get_record(key) for key in keys}
 
 
+def another_version(store) -> bool:
+    try:
+        store.kept.require_version()
+    except ValueError:
+        return True
+    return False
+
+
 def assert_refused_or_whole(store) -> None:
     """Whatever is kept now: it is the context, or a named error, and verify can say so."""
     try:
         context = store.context("a")
     except (CorruptBlockError, KeyError, ValueError):
         assert not store.contexts
-        try:
-            found = verify(store)
-        except ValueError as error:
-            assert "saved in format" in str(error)
+        if another_version(store):
+            with pytest.raises(ValueError, match="saved in format"):
+                verify(store)
             return
+        found = verify(store)
         assert found.damaged or "a" not in store.kept
         return
     context.close(save=False)

@@ -536,15 +536,17 @@ def test_a_reader_sees_the_store_as_it_was(make_store, tmp_path):
     store.close()
     ours, theirs = multiprocessing.Pipe()
     child = multiprocessing.get_context("fork").Process(
-        target=read_beside, args=(tmp_path, store.config, twin.planes, theirs)
+        daemon=True, target=read_beside, args=(tmp_path, store.config, twin.planes, theirs)
     )
     child.start()
+    assert ours.poll(60)
     assert ours.recv() == "opened"
     store = make_store(tmp_path)
     store.kept.delete("a")
     keep(store, "b", 800, 7).context.close()
     keep(store, "a", 50, 8).context.close()
     ours.send("removed")
+    assert ours.poll(60), "the reader says nothing"
     assert ours.recv() == "all as it was"
     child.join()
 

@@ -37,6 +37,7 @@ from rich.console import Console
 from rich.progress import track
 
 from kvstore import BlockSpec, Context, KVStoreError, Store, StoreConfig
+from kvstore.config import DURABILITIES
 from kvstore.index.landmark_index import LandmarkIndex
 from kvstore.mover import Mover
 from kvstore.saved_contexts import SavedContexts
@@ -116,7 +117,9 @@ def work(directory: str, state: State, seed: int, step: str | None, told: Connec
     rng = random.Random(seed)
     if step is not None:
         die_within(*STEPS[step], rng)
-    with Store(SPEC, StoreConfig(directory=directory, **CONFIG)) as store:  # type: ignore[arg-type]
+    durability = rng.choice(DURABILITIES)
+    config = StoreConfig(directory=directory, durability=durability, **CONFIG)  # type: ignore[arg-type]
+    with Store(SPEC, config) as store:
         while True:
             kind, act, after = act_of(store, state, rng)
             told.send((kind, state, after))
@@ -234,14 +237,14 @@ def kills(directory: Path, count: int, seed: int, console: Console) -> dict[str,
     }
 
 
-def found_state(directory: Path, before: State, after: State) -> State:
-    """Open the store; return which of the two states it is in, all of it checked."""
+def found_state(directory: Path, *states: State) -> State:
+    """Open the store; return which of these states it is in, all of it checked."""
     with Store(SPEC, StoreConfig(directory=directory, **CONFIG)) as store:  # type: ignore[arg-type]
         store.check()
         names = store.kept.names()
         found = {name: store.kept.require(name)["info"].get("segments", []) for name in names}
-        if found not in (before, after):
-            raise AssertionError(f"it holds {found}, neither {before} nor {after}")
+        if found not in states:
+            raise AssertionError(f"it holds {found}, none of {states}")
         for name, segments in found.items():
             if fault := fault_of(store, name, segments):
                 raise AssertionError(f"context {name}: {fault}")

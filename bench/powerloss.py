@@ -6,8 +6,9 @@ the power is cut at many places of that log: what was waited for is on the disk,
 a random part, in sectors of 512 bytes. Every image must open as the store was before or after the
 last change that was begun, with everything that was acknowledged.
 
-With --unsynced the store does not wait for the disk, and the simulation must find losses: otherwise
-it would prove nothing.
+With durability "async" the last change that was acknowledged may be lost, whole. With "none" the
+store does not wait for the disk, and the simulation must find losses: otherwise it would prove
+nothing.
 
 python -m bench.powerloss --cuts 300
 """
@@ -35,7 +36,7 @@ from rich.progress import track
 
 from bench.faults import CONFIG, SPEC, State, act_of, found_state
 from kvstore import KVStoreError, Store, StoreConfig
-from kvstore.tiers.disk import DiskTier
+from kvstore.config import DURABILITIES
 
 SECTOR = 512
 
@@ -162,20 +163,15 @@ def records_of(log: bytes) -> list[Record]:
     return found
 
 
-def work(directory: str, changes: int, seed: int, unsynced: bool) -> None:
+def work(directory: str, changes: int, seed: int, durability: str) -> None:
     """Change contexts, and say so in `marks` before and after each change. Runs under the shim."""
     torch.set_num_threads(1)
-    if unsynced:
-        real = DiskTier.__init__
-        DiskTier.__init__ = lambda self, *a, **given: real(  # type: ignore[method-assign]
-            self, *a, **given | {"durable": False}
-        )
-        DiskTier.sync = lambda self: None  # type: ignore[method-assign]
     rng = random.Random(seed)
     state: State = {}
     marks = os.open(Path(directory).parent / "marks", os.O_WRONLY | os.O_CREAT, 0o600)
     mark = partial(os.write, marks)
-    with Store(SPEC, StoreConfig(directory=directory, **CONFIG)) as store:  # type: ignore[arg-type]
+    config = StoreConfig(directory=directory, durability=durability, **CONFIG)  # type: ignore[arg-type]
+    with Store(SPEC, config) as store:
         for _ in range(changes):
             _, act, after = act_of(store, state, rng)
             mark(json.dumps([state, after]).encode())
@@ -184,12 +180,11 @@ def work(directory: str, changes: int, seed: int, unsynced: bool) -> None:
             mark(json.dumps([state, state]).encode())
 
 
-def image_at(records: list[Record], cut: int, rng: random.Random) -> tuple[bytes, State, State]:
-    """Return what a disk may hold after a cut there, and what the store may be."""
+def image_at(records: list[Record], cut: int, rng: random.Random) -> tuple[bytes, list[State]]:
+    """Return what a disk may hold after a cut there, and the states that were marked before it."""
     sure = bytearray()
     pending: list[Record] = []
-    before: State = {}
-    after: State = {}
+    states: list[State] = [{}]
 
     def apply(at: int, data: bytes) -> None:
         if len(sure) < at + len(data):
@@ -198,7 +193,7 @@ def image_at(records: list[Record], cut: int, rng: random.Random) -> tuple[bytes
 
     for record in records[:cut]:
         if record.kind == "A":
-            before, after = json.loads(record.data)
+            states += [state for state in json.loads(record.data) if state != states[-1]]
         elif record.kind == "S":
             for one in pending:
                 apply(one.at, one.data)
@@ -216,10 +211,17 @@ def image_at(records: list[Record], cut: int, rng: random.Random) -> tuple[bytes
     kept = [sector for sector in sectors if rng.random() < share]
     for at, data in kept:
         apply(at, data)
-    return bytes(sure), before, after
+    return bytes(sure), states
 
 
-def cuts(count: int, changes: int, seed: int, unsynced: bool, console: Console) -> dict[str, Any]:
+def change_was_done(records: list[Record], cut: int) -> bool:
+    """Say whether the last change marked before a cut was done."""
+    last = next(record for record in reversed(records[:cut]) if record.kind == "A")
+    before, after = json.loads(last.data)
+    return bool(before == after)
+
+
+def cuts(count: int, changes: int, seed: int, durability: str, console: Console) -> dict[str, Any]:
     """Work under the shim, then cut the power `count` times."""
     rng = random.Random(seed)
     place = Path(tempfile.mkdtemp(prefix="powerloss-"))
@@ -231,7 +233,7 @@ def cuts(count: int, changes: int, seed: int, unsynced: bool, console: Console) 
         )
         store = place / "store"
         argv = [sys.executable, "-m", "bench.powerloss", "--work", str(store)]
-        argv += ["--changes", str(changes), "--seed", str(seed)] + ["--unsynced"] * unsynced
+        argv += ["--changes", str(changes), "--seed", str(seed), "--durability", durability]
         environment = {"LD_PRELOAD": str(place / "shim.so"), "SHIM_LOG": str(place / "log")}
         subprocess.run(argv, env=os.environ | environment, check=True)
         records = records_of((place / "log").read_bytes())
@@ -239,22 +241,27 @@ def cuts(count: int, changes: int, seed: int, unsynced: bool, console: Console) 
         # From where on the store is there and has said so.
         first = next(i for i, record in enumerate(records) if record.kind == "A")
         faults: list[str] = []
+        behind = 0
         for turn in track(range(count), "cuts", console=console, disable=not console.is_terminal):
             cut = rng.randrange(first + 1, len(records) + 1)
-            image, before, after = image_at(records, cut, rng)
+            image, states = image_at(records, cut, rng)
             copy = place / "copy"
             copy.mkdir(mode=0o700)
             (copy / "data.mdb").write_bytes(image)
             shutil.copy(store / "spec.json", copy)
             try:
-                found_state(copy, before, after)
+                # The last two are before and after the change that was begun last; or it is done.
+                done = change_was_done(records, cut)
+                sure = states[-1:] if done else states[-2:]
+                lost = states[-len(sure) - 1 : -len(sure)] if durability == "async" else []
+                behind += found_state(copy, *sure, *lost) in lost
             except (KVStoreError, ValueError, KeyError, AssertionError) as error:
                 what = f"{type(error).__name__}: {error}"
                 faults.append(f"cut {turn} at {cut} of {len(records)}: {what[:200]}")
             shutil.rmtree(copy)
     finally:
         shutil.rmtree(place, ignore_errors=True)
-    return {"cuts": count, "records": dict(kinds), "faults": faults}
+    return {"cuts": count, "records": dict(kinds), "lost_the_last_change": behind, "faults": faults}
 
 
 def main() -> int:
@@ -266,20 +273,20 @@ def main() -> int:
     parser.add_argument("--cuts", type=int, default=300, help="how often the power is cut")
     parser.add_argument("--changes", type=int, default=60, help="how many changes are made")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--unsynced", action="store_true", help="do not wait for the disk")
+    parser.add_argument("--durability", choices=DURABILITIES, default="sync")
     parser.add_argument("--work", metavar="DIR", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.work:
-        work(args.work, args.changes, args.seed, args.unsynced)
+        work(args.work, args.changes, args.seed, args.durability)
         return 0
     torch.set_num_threads(1)
     console = Console(stderr=True)
-    report = cuts(args.cuts, args.changes, args.seed, args.unsynced, console)
+    report = cuts(args.cuts, args.changes, args.seed, args.durability, console)
     print(f"{args.cuts} cuts in a log of {report['records']}: {len(report['faults'])} faults")
     for fault in report["faults"][:10]:
         print(f"  {fault}")
-    print(json.dumps({"bench": "powerloss", "unsynced": args.unsynced, **report}))
-    return 1 if bool(report["faults"]) != args.unsynced else 0
+    print(json.dumps({"bench": "powerloss", "durability": args.durability, **report}))
+    return 1 if bool(report["faults"]) != (args.durability == "none") else 0
 
 
 if __name__ == "__main__":

@@ -21,6 +21,8 @@ from kvstore.policy import POLICIES, PolicyFactory
 Given = TypeVar("Given")
 Kept = TypeVar("Kept")
 
+DURABILITIES = ("sync", "async", "none")
+
 _UNITS = {"B": 1}
 for _power, _prefix in enumerate("KMGT", start=1):
     _UNITS[f"{_prefix}IB"] = 1024**_power
@@ -163,6 +165,10 @@ class StoreConfig:
     staging: bytes of host buffers for blocks on their way between disk and memory.
     trace: file that records every access (see docs/trace.md); None: none.
     index: how landmarks are searched.
+    durability: of a store that is kept, what a loss of power can take (a killed process loses
+        nothing that was flushed). "sync": nothing that a flush or a save has acknowledged. "async":
+        the last seconds; blocks go to disk in groups, and fewer waits. "none": all of it, for
+        scratch; a temporary store is always so.
     read_only: open a store that is kept in `directory` beside the process that writes to it, if
         there is one. What is put stays in memory, and nothing is kept.
 
@@ -180,6 +186,7 @@ class StoreConfig:
     staging: Converted[int | str, int] = Converted(_capacity, "16MiB")
     trace: Converted[str | PathLike[str] | None, Path | None] = Converted(_optional_path, None)
     index: IndexConfig = IndexConfig()
+    durability: str = "sync"
     read_only: bool = False
 
     def __post_init__(self) -> None:
@@ -196,6 +203,11 @@ class StoreConfig:
                 f"policy: {self.policy!r} is not known; give "
                 + " or ".join(repr(name) for name in POLICIES)
                 + ", or a callable that makes a policy for a number of slots"
+            )
+        if self.durability not in DURABILITIES:
+            raise ValueError(
+                f"durability: {self.durability!r} is not known; give "
+                + " or ".join(repr(name) for name in DURABILITIES)
             )
         _check_int("workers", self.workers, 1, 64)
         if not isinstance(self.index, IndexConfig):

@@ -7,6 +7,7 @@ its error, never by raising in its thread.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
 
@@ -41,19 +42,28 @@ class Job:
     def run(self) -> None:
         """Do it, if nobody has begun."""
         if self._claim.acquire(blocking=False):
-            try:
-                self._do()
-            except BaseException as error:  # whatever it is, the owner has to hear of it
-                self.error = error
-            finally:
+            self._attempt(self._do)
+
+    def _attempt(self, part: Callable[[], bool]) -> None:
+        """Do a part of it, which says whether another thread goes on with it."""
+        goes_on = False
+        try:
+            goes_on = part()
+        except BaseException as error:  # whatever it is, the owner has to hear of it
+            self.error = error
+        finally:
+            if not goes_on:
                 self._finished.set()
 
-    def _do(self) -> None:
+    def _do(self) -> bool:
         raise NotImplementedError
 
 
 class WriteJob(Job):
-    """Copy blocks from warm to disk.
+    """Copy blocks from warm to disk, in one transaction.
+
+    They are compressed on the thread that runs the job, and committed by the committer: while it
+    waits for the disk the next ones are compressed.
 
     ids, slots: int64 [n]; the owner keeps the slots pinned meanwhile. buffers: one for each thread.
     locations: int64 [n], the result.
@@ -64,6 +74,7 @@ class WriteJob(Job):
         disk: DiskTier,
         warm: SlotTier,
         buffers: SimpleQueue[Buffer],
+        committer: Crew,
         ids: Ids,
         slots: Slots,
     ) -> None:
@@ -74,15 +85,24 @@ class WriteJob(Job):
         self._disk = disk
         self._warm = warm
         self._buffers = buffers
+        self._committer = committer
+        self._frames: list[bytes] = []
 
-    def _do(self) -> None:
+    def _do(self) -> bool:
         buffer = self._buffers.get()
         try:
             rows = buffer.rows(len(self.ids))
             self._warm.gather(self.slots, rows)
-            self.locations = self._disk.write(self.ids, rows)
+            self._frames = self._disk.encode(self.ids, rows)
         finally:
             self._buffers.put(buffer)
+        self._committer.call(lambda: self._attempt(self._commit))
+        return True
+
+    def _commit(self) -> bool:
+        frames, self._frames = self._frames, []
+        self.locations = self._disk.write_frames(self.ids, frames)
+        return False
 
 
 class ReadJob(Job):
@@ -100,8 +120,9 @@ class ReadJob(Job):
         self._disk = disk
         self._locations = locations
 
-    def _do(self) -> None:
+    def _do(self) -> bool:
         self._disk.read(self.ids, self._locations, self.buffer.rows(len(self.ids)))
+        return False
 
 
 class Crew:
@@ -113,6 +134,10 @@ class Crew:
     def submit(self, job: Job) -> None:
         """Run a job on the next idle thread."""
         self._pool.submit(job.run)
+
+    def call(self, work: Callable[[], None]) -> None:
+        """Run what never raises on the next idle thread."""
+        self._pool.submit(work)
 
     def close(self) -> None:
         """Let what runs end, drop what has not begun."""

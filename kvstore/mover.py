@@ -410,7 +410,8 @@ class Mover:
         """Delete from disk what was abandoned."""
         if len(self._abandoned) and self.disk is not None:
             try:
-                self.disk.delete(self._abandoned)
+                # Some may be gone: Ctrl-C may come between their deletion and the next line.
+                self.disk.delete(self._abandoned, missing_ok=True)
             except KVStoreError:
                 # A full disk refuses deletions too. They are tried again with the next.
                 return

@@ -107,10 +107,12 @@ class Store:
             self._prefetch: Prefetch | None = None
             if disk is not None:
                 writers, reader = Crew("kvstore-write", config.workers), Crew("kvstore-read", 1)
+                committer = Crew("kvstore-commit", 1)
+                stack.callback(committer.close)  # after those who pass their work on to it
                 stack.callback(writers.close)
                 stack.callback(reader.close)
                 if self._mover.warm.slots:
-                    self._writer = Writer(self._mover, disk, config, writers, self.stats)
+                    self._writer = Writer(self._mover, disk, config, writers, committer, self.stats)
                 self._prefetch = Prefetch(self._mover, disk, config, reader, self.stats)
             self._guard = Guard(self._mover, self._writer, self._prefetch)
             self._lookups = Lookups(
@@ -267,13 +269,14 @@ class Store:
         self._recorder.note("delete", ids)
 
     def flush(self) -> None:
-        """Write every block that has no copy on disk yet, and wait. Nothing without a disk tier."""
+        """Write every block that has no copy on disk yet, and wait. Nothing without a disk tier.
+
+        What survives a loss of power after that is the store's `durability`.
+        """
         self._enter()
         if self._writer is not None:
             with self._guard:
                 self._writer.flush()
-        if self._disk is not None and not self.config.read_only:
-            self._disk.sync()
 
     def context(
         self,
@@ -504,12 +507,12 @@ def _open_disk(spec: BlockSpec, config: StoreConfig, stack: ExitStack) -> DiskTi
     if directory is None:
         directory = Path(tempfile.mkdtemp(prefix="kvstore-"))
         stack.callback(shutil.rmtree, directory, ignore_errors=True)
-    # What is kept must survive a loss of power; what is temporary would not survive it anyway.
     disk = DiskTier(
         directory,
         spec,
         config.cold,
-        durable=config.directory is not None,
+        # What is temporary would not survive a loss of power anyway.
+        durability="none" if config.directory is None else config.durability,
         read_only=config.read_only,
     )
     stack.callback(disk.close)

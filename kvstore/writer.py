@@ -30,7 +30,8 @@ class Writer:
     """Writes the blocks of a store in the order in which they were put.
 
     A kept store writes as soon as there is a batch, a temporary one once half of warm is unsaved:
-    what is deleted before never costs a write. Two batches for each worker are under way at most.
+    what is deleted before never costs a write. Two batches for each worker, and one more, are
+    under way at most.
 
     failure: what went wrong and was not raised yet. After it nothing is begun unasked.
 
@@ -39,19 +40,27 @@ class Writer:
     """
 
     def __init__(
-        self, mover: Mover, disk: DiskTier, config: StoreConfig, crew: Crew, stats: StoreStats
+        self,
+        mover: Mover,
+        disk: DiskTier,
+        config: StoreConfig,
+        crew: Crew,
+        committer: Crew,
+        stats: StoreStats,
     ) -> None:
         self._read_only = config.read_only
         self._mover = mover
         self._disk = disk
         self._crew = crew
+        self._committer = committer
         self._stats = stats
         spec, slots = mover.spec, mover.warm.slots
         share = config.staging // 4 // config.workers
         self._batch = max(
             1, min(_BATCH_BLOCKS, min(_BATCH_BYTES, share) // spec.nbytes, slots // 4)
         )
-        self._most_jobs = 2 * config.workers
+        # For each worker one that it compresses and one that waits; and one that is committed.
+        self._most_jobs = 2 * config.workers + 1
         self._quiet = slots // 2 if config.directory is None else self._batch - 1
         self._buffers: SimpleQueue[Buffer] = SimpleQueue()
         for _ in range(config.workers):
@@ -120,7 +129,6 @@ class Writer:
         while self._mover.unsaved or self._jobs:
             self._begin(0)
             self._await_one()
-        self._disk.sync()
 
     def absorb(self) -> None:
         """Let the tables say what workers have done."""
@@ -157,7 +165,9 @@ class Writer:
             ids, slots = self._next_batch()
             if not len(ids):
                 return
-            job = WriteJob(self._disk, self._mover.warm_slab, self._buffers, ids, slots)
+            job = WriteJob(
+                self._disk, self._mover.warm_slab, self._buffers, self._committer, ids, slots
+            )
             self._mover.warm.pin(slots)
             self._jobs.append(job)
             self._crew.submit(job)

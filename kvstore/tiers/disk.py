@@ -7,7 +7,6 @@ never decides what is stored or dropped, and keeps no table from block to place:
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -27,16 +26,23 @@ import xxhash
 from kvstore.block import BlockSpec
 from kvstore.codec import Bytes2D, Codec, Ids
 from kvstore.errors import CorruptBlockError, StoreClosedError, StoreFullError, WriteFailedError
+from kvstore.tiers import lock
+from kvstore.tiers.pack import (
+    INDEX_BITS,
+    Locations,
+    bounds,
+    by_pack,
+    cut_packs,
+    frame_at,
+    join_frames,
+)
 from kvstore.tiers.tree import fault_of
 
 FORMAT_VERSION = 1
 
-Locations = npt.NDArray[np.int64]
-
 # A value of LMDB fills whole pages: a 5 KiB frame alone would take 8 KiB. Frames written together
 # share a value of at least this size, and lose half a page in sixteen.
 _PACK_BYTES = 1 << 16
-_INDEX_BITS = 16
 
 _FORMAT_KEY = b"format"
 _COUNTERS_KEY = b"counters"
@@ -50,6 +56,9 @@ _GONE = -2
 # Pages that writes leave alone, so that a full tier can still delete and reclaim: both copy pages
 # before they free any. One page in 256 more, for LMDB's own list of free pages at its longest.
 _RESERVED_PAGES = 64
+# A new file's map: it doubles whenever it is full. A map as large as the capacity would do, but not
+# every system gives out address space for nothing.
+_FIRST_MAP_PAGES = 256
 _MOST_PACKS, _LEAST_PACKS = 1024, 8  # deleted in one transaction
 _RECLAIMED_PAGES = 16  # copied in one transaction
 
@@ -59,7 +68,6 @@ _RETRIED_PACK_BYTES = (_PACK_BYTES, _PACK_BYTES, _PACK_BYTES // 4, 1)
 _READ_PATIENCE_SECONDS = 2.0
 _TRIES = 100  # to look at a tree between two commits of another process
 
-_bounds = struct.Struct("<II").unpack_from  # where a frame lies in its pack, from the pack's table
 _Change = Callable[[lmdb.Transaction], None]
 
 
@@ -81,18 +89,20 @@ class DiskTier:
         spec: BlockSpec,
         capacity_bytes: int,
         *,
-        durable: bool = False,
+        durability: str = "none",
         read_only: bool = False,
     ) -> None:
         """Open the tier in `directory`, made if it is not there.
 
-        capacity_bytes: what its files may take together, at every moment. durable: each write is
-        on the disk when it returns; without it, when `sync` has, and a loss of power before that
-        may lose the whole file. read_only: as it is now, beside another process that may go on
-        writing; the pages that this sees stay in use until it is closed. Raises ValueError where
-        the directory cannot be used, belongs to another process, or holds another format or
-        specification, or where `capacity_bytes` is too small; CorruptBlockError where the file is
-        damaged.
+        capacity_bytes: what its files may take together, at every moment. durability: what a loss
+        of power may take. "sync": nothing, each change is on the disk when it returns. "async": the
+        last change, never more and never a part. "none": the whole file, until it is closed.
+        read_only: as it is now, beside another process that may go on writing; the pages that this
+        sees stay in use until it is closed, and the capacity is the writer's.
+
+        Raises ValueError where the directory cannot be used, belongs to another process, or holds
+        another format or specification, or where `capacity_bytes` is too small; CorruptBlockError
+        where the file is damaged.
         """
         self._codec = Codec(spec)
         self.directory = Path(directory)
@@ -102,6 +112,7 @@ class DiskTier:
         self._changing = threading.Lock()
         self._idle = threading.Condition()
         self._operations = 0
+        self._growing = False
         self._reads: set[object] = set()
         self._view: lmdb.Transaction | None = None
         self._viewing = threading.Lock()
@@ -110,12 +121,12 @@ class DiskTier:
         self._loose: dict[int, int] | None = None
         self._check_capacity()
         self._read_only = read_only
-        self._hold = None if read_only else _hold_directory(self.directory)
+        self._hold = None if read_only else lock.hold(self.directory)
         try:
-            self._open(durable)
+            self._open(durability)
         except BaseException:
             if self._hold is not None:
-                os.close(self._hold)
+                lock.let_go(self._hold)
             raise
 
     # Blocks
@@ -126,8 +137,16 @@ class DiskTier:
         ids: int64 [n]. planes: one uint8 [n, plane.nbytes] a plane, rows contiguous. Raises
         StoreFullError, with nothing stored, where the capacity or the disk does not suffice.
         """
+        return self.write_frames(ids, self.encode(ids, planes))
+
+    def encode(self, ids: Ids, planes: Sequence[Bytes2D]) -> list[bytes]:
+        """Compress blocks to what `write_frames` takes. Arguments as of `write`."""
         with self._operation():
-            frames = self._codec.encode(ids, planes)
+            return self._codec.encode(ids, planes)
+
+    def write_frames(self, ids: Ids, frames: list[bytes]) -> Locations:
+        """Store blocks that are compressed already; returns and raises as `write` does."""
+        with self._operation():
             if not frames:
                 return np.empty(0, np.int64)
             with self._changing:
@@ -147,8 +166,8 @@ class DiskTier:
         naming the first block that is not what was written.
         """
         with self._snapshot(buffers=True) as transaction:
-            numbers = (locations >> _INDEX_BITS).tolist()
-            places = (4 * (locations & ((1 << _INDEX_BITS) - 1))).tolist()
+            numbers = (locations >> INDEX_BITS).tolist()
+            places = (4 * (locations & ((1 << INDEX_BITS) - 1))).tolist()
             packs: dict[int, memoryview] = {}
             frames = []
             try:
@@ -158,7 +177,7 @@ class DiskTier:
                         pack = packs[number] = memoryview(
                             transaction.get(_key(number), b"", db=self._packs)
                         )
-                    first, last = _bounds(pack, place)
+                    first, last = bounds(pack, place)
                     frames.append(pack[first:last])
             except lmdb.Error as error:
                 block = ids[len(frames)]
@@ -167,8 +186,8 @@ class DiskTier:
                 raise self._missing(ids, numbers, places, packs) from None
             self._codec.decode(ids, frames, out, rows)
 
-    def delete(self, locations: Locations) -> None:
-        """Drop blocks; a location where none is raises KeyError.
+    def delete(self, locations: Locations, *, missing_ok: bool = False) -> None:
+        """Drop blocks; a location where none is raises KeyError, unless that is told to be right.
 
         Many packs go in several transactions: an error leaves some blocks deleted, each wholly.
         """
@@ -176,14 +195,14 @@ class DiskTier:
             ordered = np.unique(locations)
             if len(ordered) < len(locations):
                 raise KeyError("a block is to be deleted twice")
-            doomed = _by_pack(ordered)
+            doomed = by_pack(ordered)
             chunks = [
                 doomed[first : first + _MOST_PACKS] for first in range(0, len(doomed), _MOST_PACKS)
             ]
             while chunks:
                 chunk = chunks.pop()
                 try:
-                    self._delete_members(chunk)
+                    self._delete_members(chunk, missing_ok)
                 except StoreFullError:
                     if len(chunk) <= _LEAST_PACKS:
                         raise
@@ -199,16 +218,16 @@ class DiskTier:
                 members = self._members(bytes(key), bytes(value))
                 live = np.flatnonzero(members >= 0)
                 ids.append(members[live])
-                locations.append(int.from_bytes(key, "big") << _INDEX_BITS | live)
+                locations.append(int.from_bytes(key, "big") << INDEX_BITS | live)
             return np.concatenate(ids), np.concatenate(locations)
 
     def frame_bytes(self, locations: Locations) -> int:
         """Return the bytes of blocks' frames. locations: int64 [n]."""
         nbytes = 0
         with self._snapshot(buffers=True) as transaction:
-            for number, places in _by_pack(np.unique(locations)):
+            for number, places in by_pack(np.unique(locations)):
                 pack = self._pack(transaction, number)
-                nbytes += sum(len(_frame(pack, 4 * place)) for place in places.tolist())
+                nbytes += sum(len(frame_at(pack, 4 * place)) for place in places.tolist())
         return nbytes
 
     def damaged(self, ids: Ids, locations: Locations) -> dict[int, str]:
@@ -238,9 +257,9 @@ class DiskTier:
         for block, location in zip(ids.tolist(), locations.tolist(), strict=True):
             with self._snapshot(buffers=True) as transaction:
                 pack = memoryview(
-                    transaction.get(_key(location >> _INDEX_BITS), b"", db=self._packs)
+                    transaction.get(_key(location >> INDEX_BITS), b"", db=self._packs)
                 )
-                frame = bytes(_frame(pack, 4 * (location & ((1 << _INDEX_BITS) - 1))))
+                frame = bytes(frame_at(pack, 4 * (location & ((1 << INDEX_BITS) - 1))))
             yield block, frame
 
     # Small records
@@ -302,11 +321,6 @@ class DiskTier:
         """Bytes of the files as they are."""
         return sum((self.directory / name).stat().st_size for name in ("data.mdb", "lock.mdb"))
 
-    def sync(self) -> None:
-        """Return when all that was written is on the disk."""
-        with self._operation():
-            self._env.sync(True)
-
     def close(self) -> None:
         """Let running reads and writes end, write out what is left and close the file."""
         with self._idle:
@@ -322,17 +336,15 @@ class DiskTier:
         finally:
             self._env.close()
             if self._hold is not None:
-                # Unlocked, not only closed: a forked child may hold the lock too.
-                fcntl.flock(self._hold, fcntl.LOCK_UN)
-                os.close(self._hold)
+                lock.let_go(self._hold)
 
     # Opening
 
     def _check_capacity(self) -> None:
         """Refuse what could not hold one block beside the pages kept for deleting."""
         lock_bytes = 2 * self._page
-        self._map_pages = (self.capacity_bytes - lock_bytes) // self._page
-        self._writable_pages = self._map_pages - _RESERVED_PAGES - self._map_pages // 256
+        self._most_pages = (self.capacity_bytes - lock_bytes) // self._page
+        self._writable_pages = self._most_pages - _RESERVED_PAGES - self._most_pages // 256
         block = self._pages_of(self._codec.header_nbytes + self._codec.spec.nbytes + 1024) + 16
         if self._writable_pages < block:
             least = (block + _RESERVED_PAGES + 2) * 257 // 256 * self._page + lock_bytes
@@ -341,22 +353,27 @@ class DiskTier:
                 f"{self._codec.spec.nbytes} B: give it at least {least} B"
             )
 
-    def _open(self, durable: bool) -> None:
+    def _open(self, durability: str) -> None:
         path = self.directory / "data.mdb"
         held = path.stat().st_size if path.exists() else 0
-        if held > self._map_pages * self._page:
+        if held > self._most_pages * self._page and not self._read_only:
             raise ValueError(
                 f"{self.directory} holds {held} B already: its capacity cannot be "
                 f"{self.capacity_bytes} B"
             )
+        self._map_pages = max(_FIRST_MAP_PAGES, 2 * held // self._page)
+        if not self._read_only:
+            self._map_pages = min(self._map_pages, self._most_pages)
         try:
             self._env = lmdb.open(
                 str(self.directory),
                 map_size=self._map_pages * self._page,
                 max_dbs=len(_TABLES),
                 mode=stat.S_IRUSR | stat.S_IWUSR,
-                sync=durable,
-                metasync=durable,
+                # Without metasync the page that says where the tree begins is on the disk before
+                # the next change ends, not before this one returns.
+                sync=durability != "none",
+                metasync=durability == "sync",
                 readonly=self._read_only,
                 create=not self._read_only,
             )
@@ -393,8 +410,13 @@ class DiskTier:
 
     def _whole_view(self, path: Path) -> lmdb.Transaction:
         """Return a view of the file as it is, which makes sense, and stays whatever is written."""
+        fault: str | None = "it changes too often to be looked at"
         for _ in range(_TRIES):
-            view = self._env.begin(buffers=True)
+            try:
+                view = self._env.begin(buffers=True)
+            except lmdb.MapResizedError:  # the writer's map has grown since this one was made
+                self._env.set_mapsize(0)
+                continue
             number = view.id()
             fault = fault_of(path, number)
             if not fault:
@@ -449,12 +471,12 @@ class DiskTier:
 
         def plan(pack_bytes: int) -> _Change:
             packs = []
-            for number, (first, last) in enumerate(
-                _pack_bounds(sizes, pack_bytes), self._next_pack
-            ):
+            for number, (first, last) in enumerate(cut_packs(sizes, pack_bytes), self._next_pack):
                 key = _key(number)
-                packs.append((key, _pack(frames[first:last]), _seal(key, _int64(ids[first:last]))))
-                locations[first:last] = number << _INDEX_BITS | np.arange(last - first)
+                packs.append(
+                    (key, join_frames(frames[first:last]), _seal(key, _int64(ids[first:last])))
+                )
+                locations[first:last] = number << INDEX_BITS | np.arange(last - first)
             added = sum(
                 self._pages_of(len(pack)) + len(members) // 2048 + 1 for _, pack, members in packs
             )
@@ -474,7 +496,9 @@ class DiskTier:
         self._change(plan, self._pages_of(nbytes), what)
         return locations
 
-    def _delete_members(self, doomed: list[tuple[int, npt.NDArray[np.int64]]]) -> None:
+    def _delete_members(
+        self, doomed: list[tuple[int, npt.NDArray[np.int64]]], missing_ok: bool
+    ) -> None:
         left: dict[int, int] = {}
 
         def change(transaction: lmdb.Transaction) -> None:
@@ -482,7 +506,13 @@ class DiskTier:
                 key = _key(number)
                 value = _held(transaction, key, self._directory)
                 members = self._members(key, value) if value else np.empty(0, np.int64)
-                if (places >= len(members)).any() or (members[places] < 0).any():
+                lost = (places >= len(members)).any() or (members[places] < 0).any()
+                if lost and missing_ok:
+                    places = places[places < len(members)]
+                    places = places[members[places] >= 0]
+                    if not len(places):
+                        continue
+                elif lost:
                     raise KeyError(f"no block is stored in pack {number} at {places.tolist()}")
                 members[places] = _DEAD
                 self._blocks -= len(places)
@@ -533,14 +563,36 @@ class DiskTier:
             self._commit(lambda _: None)
 
     def _commit(self, change: _Change) -> None:
+        """Run a change in a transaction, again in a larger map if it finds no room."""
         counters = self._next_pack, self._blocks
-        try:
-            with self._env.begin(write=True) as transaction:
-                change(transaction)
-                transaction.put(_COUNTERS_KEY, self._counters())
-        except BaseException:
-            self._next_pack, self._blocks = counters
-            raise
+        while True:
+            try:
+                with self._env.begin(write=True) as transaction:
+                    change(transaction)
+                    transaction.put(_COUNTERS_KEY, self._counters())
+                return
+            except BaseException as error:
+                self._next_pack, self._blocks = counters
+                if not isinstance(error, lmdb.MapFullError) or not self._grow():
+                    raise
+
+    def _grow(self) -> bool:
+        """Double the map, up to the capacity; False where it is as large as that already."""
+        if self._map_pages == self._most_pages:
+            return False
+        with self._idle:
+            # It moves to another address, so nobody may be reading in it. Other processes have maps
+            # of their own.
+            self._growing = True
+            try:
+                self._idle.wait_for(lambda: not self._reads)
+                pages = min(2 * self._map_pages, self._most_pages)
+                self._env.set_mapsize(pages * self._page)
+                self._map_pages = pages
+            finally:
+                self._growing = False
+                self._idle.notify_all()
+        return True
 
     def _require(self, transaction: lmdb.Transaction, pages: int) -> None:
         """Refuse to use the reserve."""
@@ -604,10 +656,10 @@ class DiskTier:
         members = self._members(key, _held(transaction, key, self._directory))
         pack = memoryview(_held(transaction, key, self._packs))
         frames = [
-            bytes(_frame(pack, 4 * place)) if alive else b""
+            bytes(frame_at(pack, 4 * place)) if alive else b""
             for place, alive in enumerate((members >= 0).tolist())
         ]
-        smaller = _pack(frames)
+        smaller = join_frames(frames)
         members[members == _DEAD] = _GONE
         transaction.put(key, smaller, db=self._packs)
         transaction.put(key, _seal(key, _int64(members)), db=self._directory)
@@ -658,12 +710,15 @@ class DiskTier:
                     yield self._view
                 return
             token = object()
-            self._reads.add(token)
+            with self._idle:
+                self._idle.wait_for(lambda: not self._growing)
+                self._reads.add(token)
             try:
                 with self._env.begin(buffers=buffers) as transaction:
                     yield transaction
             finally:
                 self._reads.discard(token)
+                # `_operation` tells those who wait for it.
 
     def _pack(self, transaction: lmdb.Transaction, number: int) -> memoryview:
         """Return a pack; of no bytes where there is none."""
@@ -697,83 +752,6 @@ class DiskTier:
         if isinstance(error, lmdb.DiskError) or free < (pages + _RESERVED_PAGES) * self._page:
             return StoreFullError(f"the disk under {self.directory} is full: no room for {what}")
         return WriteFailedError(f"{what} could not be written to {self.directory}: {error}")
-
-
-def _hold_directory(directory: Path) -> int:
-    """Make the directory, for its owner alone, and lock it against other processes."""
-    try:
-        directory.mkdir(mode=stat.S_IRWXU, parents=True, exist_ok=True)
-        handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    except FileExistsError:
-        raise ValueError(f"{directory} is a file: a store needs a directory") from None
-    except OSError as error:
-        raise ValueError(f"cannot use {directory} as a store: {error.strerror}") from None
-    try:
-        if not os.access(directory, os.W_OK | os.X_OK):
-            raise ValueError(f"cannot use {directory} as a store: it is not writable")
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        _write_owner(directory)
-    except BlockingIOError:
-        os.close(handle)
-        raise ValueError(f"the store in {directory} is in use{_owner(directory)}") from None
-    except BaseException:
-        os.close(handle)
-        raise
-    return handle
-
-
-def _write_owner(directory: Path) -> None:
-    """Note who has the store open, for those who find it locked; the lock is not this file."""
-    path = directory / "owner"
-    with contextlib.suppress(OSError):  # such as on a full disk
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, stat.S_IRUSR | stat.S_IWUSR)
-        with os.fdopen(handle, "w") as file:
-            file.write(f"{os.getpid()}\n")
-
-
-def _owner(directory: Path) -> str:
-    try:
-        return f" by process {int((directory / 'owner').read_text())}"
-    except (OSError, ValueError):
-        return ""
-
-
-def _pack_bounds(sizes: npt.NDArray[np.int64], pack_bytes: int) -> list[tuple[int, int]]:
-    """Divide frames into packs of at least `pack_bytes`, as far as they go."""
-    ends = np.cumsum(sizes)
-    bounds = []
-    first = written = 0
-    while first < len(sizes):
-        last = int(np.searchsorted(ends, written + pack_bytes)) + 1
-        if last >= len(sizes) or ends[-1] - ends[last - 1] < pack_bytes:
-            last = len(sizes)
-        bounds.append((first, last))
-        first, written = last, int(ends[last - 1])
-    return bounds
-
-
-def _pack(frames: Sequence[bytes]) -> bytes:
-    """Put frames into one value, behind the table of where each begins and the last ends."""
-    table = np.empty(len(frames) + 1, "<u4")
-    table[0] = table.nbytes
-    table[1:] = table.nbytes + np.cumsum([len(frame) for frame in frames])
-    return b"".join((table.tobytes(), *frames))
-
-
-def _by_pack(locations: Locations) -> list[tuple[int, npt.NDArray[np.int64]]]:
-    """Divide sorted locations: the number of each pack and the places in it."""
-    numbers, starts = np.unique(locations >> _INDEX_BITS, return_index=True)
-    places = np.split(locations & ((1 << _INDEX_BITS) - 1), starts[1:])
-    return list(zip(numbers.tolist(), places, strict=False))
-
-
-def _frame(pack: memoryview, place: int) -> memoryview:
-    """Return the frame whose entry in the table is at byte `place`."""
-    try:
-        first, last = _bounds(pack, place)
-    except struct.error:
-        raise CorruptBlockError(f"a pack of {len(pack)} B has no entry at {place}") from None
-    return pack[first:last]
 
 
 def _int64(ids: Ids) -> bytes:

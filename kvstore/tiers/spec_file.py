@@ -37,6 +37,13 @@ def write_spec(directory: Path, spec: BlockSpec) -> None:
         os.fsync(file.fileno())
     # Whole or not at all.
     written.replace(path)
+    # Names are on the disk when their directories are: those of LMDB's files too.
+    for place in (directory, directory.resolve().parent):
+        handle = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def read_spec(directory: Path) -> BlockSpec:

@@ -130,9 +130,9 @@ def test_neighbours_share_values_of_64_kib(tier, directory):
     assert [block for block, _ in tier.frames()] == list(range(400))
 
 
-@pytest.mark.parametrize("durable", [False, True])
-def test_everything_is_there_after_reopening(directory, durable):
-    tier = DiskTier(directory, SPEC, CAPACITY, durable=durable)
+@pytest.mark.parametrize("durability", ["sync", "async", "none"])
+def test_everything_is_there_after_reopening(directory, durability):
+    tier = DiskTier(directory, SPEC, CAPACITY, durability=durability)
     locations = write(tier, range(100))
     tier.delete(locations[10:60])
     tier.put_meta({b"context/a": b"state", b"context/b": b"", b"other": bytes(100_000)})
@@ -598,7 +598,6 @@ def test_closing_waits_for_a_read_and_refuses_the_next(tier):
     assert outcomes[-1] == "closed"
     for work in (
         tier.scan,
-        tier.sync,
         lambda: write(tier, [1]),
         lambda: tier.delete(locations),
         lambda: tier.get_meta(b"key"),

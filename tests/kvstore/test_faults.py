@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from kvstore.config import DURABILITIES
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -40,10 +42,10 @@ def test_a_hundred_kills_and_damages() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("cc") is None, reason="the simulation is written in C")
-@pytest.mark.parametrize("unsynced", [False, True])
-def test_a_loss_of_power(unsynced: bool) -> None:
+@pytest.mark.parametrize("durability", DURABILITIES)
+def test_a_loss_of_power(durability: str) -> None:
     """What was synced is never lost; without syncing the simulation finds losses."""
-    argv = ["--cuts", "60", "--changes", "40", *["--unsynced"] * unsynced]
+    argv = ["--cuts", "60", "--changes", "40", "--durability", durability]
     ran = subprocess.run(
         [sys.executable, "-m", "bench.powerloss", *argv],
         cwd=ROOT,
@@ -52,4 +54,4 @@ def test_a_loss_of_power(unsynced: bool) -> None:
         check=False,
     )
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    assert bool(json.loads(ran.stdout.splitlines()[-1])["faults"]) == unsynced
+    assert bool(json.loads(ran.stdout.splitlines()[-1])["faults"]) == (durability == "none")

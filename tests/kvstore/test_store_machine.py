@@ -115,7 +115,7 @@ class Fuse:
             slab.take_from = self.guard(slab.take_from, half_of_copy)
         if mover.disk is not None:
             mover.disk.read = self.guard(mover.disk.read, None)
-            mover.disk.write = self.guard(mover.disk.write, None)
+            mover.disk.write_frames = self.guard(mover.disk.write_frames, None)
 
 
 def half_of(slots, blocks):
@@ -155,8 +155,9 @@ class StoreMachine(RuleBasedStateMachine):
         workers=st.integers(1, 2),
         staging=st.sampled_from([1, 16 * NBYTES, 1 << 20]),
         patience=st.sampled_from([None, None, 0, 3]),
+        durability=st.sampled_from(["sync", "async", "none"]),
     )
-    def open(self, hot, warm, cold, kept, policy, workers, staging, patience):
+    def open(self, hot, warm, cold, kept, policy, workers, staging, patience, durability):
         self.capacity = hot + warm if cold is None else None
         self.bounded = cold == BOUNDED
         self.hot, self.warm = hot, warm
@@ -170,6 +171,7 @@ class StoreMachine(RuleBasedStateMachine):
             policy=policy,
             workers=workers,
             staging=staging,
+            durability=durability,
         )
         # A CUDA device that is not there, whose events take their time.
         self.cuda = ExitStack()

@@ -1,0 +1,60 @@
+"""Frames that are written together, as one value of LMDB (docs/format.md).
+
+Owns the table in front of them and the form of a location. Pure: reads and writes nothing.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from kvstore.errors import CorruptBlockError
+
+Locations = npt.NDArray[np.int64]
+
+INDEX_BITS = 16
+"""Of a location, for the place in the pack; the others are the pack's number."""
+
+bounds = struct.Struct("<II").unpack_from
+"""Where a frame lies in its pack, from an entry of the pack's table."""
+
+
+def cut_packs(sizes: npt.NDArray[np.int64], pack_bytes: int) -> list[tuple[int, int]]:
+    """Divide frames into packs of at least `pack_bytes`, as far as they go."""
+    ends = np.cumsum(sizes)
+    parts = []
+    first = written = 0
+    while first < len(sizes):
+        last = int(np.searchsorted(ends, written + pack_bytes)) + 1
+        if last >= len(sizes) or ends[-1] - ends[last - 1] < pack_bytes:
+            last = len(sizes)
+        parts.append((first, last))
+        first, written = last, int(ends[last - 1])
+    return parts
+
+
+def join_frames(frames: Sequence[bytes]) -> bytes:
+    """Put frames into one value, behind the table of where each begins and the last ends."""
+    table = np.empty(len(frames) + 1, "<u4")
+    table[0] = table.nbytes
+    table[1:] = table.nbytes + np.cumsum([len(frame) for frame in frames])
+    return b"".join((table.tobytes(), *frames))
+
+
+def by_pack(locations: Locations) -> list[tuple[int, npt.NDArray[np.int64]]]:
+    """Divide sorted locations: the number of each pack and the places in it."""
+    numbers, starts = np.unique(locations >> INDEX_BITS, return_index=True)
+    places = np.split(locations & ((1 << INDEX_BITS) - 1), starts[1:])
+    return list(zip(numbers.tolist(), places, strict=False))
+
+
+def frame_at(pack: memoryview, place: int) -> memoryview:
+    """Return the frame whose entry in the table is at byte `place`."""
+    try:
+        first, last = bounds(pack, place)
+    except struct.error:
+        raise CorruptBlockError(f"a pack of {len(pack)} B has no entry at {place}") from None
+    return pack[first:last]

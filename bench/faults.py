@@ -5,9 +5,10 @@ each change what the store must keep. It is killed with SIGKILL at a random mome
 step, and the next child goes on in the same directory. After each kill every context must be as it
 was before or after the last change, bit for bit.
 
-*Damage*: bits flipped, pages zeroed, swapped, overwritten, the file cut short or made longer. Each
-context must read as it was written, or be refused with an error that names the damage; and the
-process must live.
+*Damage*: bits flipped, pages zeroed, swapped, overwritten, a file cut short or made longer: the
+data, index files and all others. Each context must read as it was written, or be refused with an
+error that names the damage, and the process must live; then it is repaired, sometimes by a process
+that is killed meanwhile, and what is left must be right.
 
 python -m bench.faults --kills 100 --damages 300
 """
@@ -24,88 +25,40 @@ import signal
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
-from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from threading import Timer
 from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import track
 
-from kvstore import BlockSpec, Context, KVStoreError, Store, StoreConfig
+from bench.changes import SMALL, State
+from kvstore import KVStoreError, Store
 from kvstore.config import DURABILITIES
+from kvstore.index.graph_files import GraphFiles
 from kvstore.index.landmark_index import LandmarkIndex
 from kvstore.mover import Mover
 from kvstore.saved_contexts import SavedContexts
+from kvstore.tiers import disk
 from kvstore.tiers.disk import DiskTier
 from kvstore.verify import repair, verify
 
-STREAMS, BLOCK, DIM = 2, 8, 4
-SPEC = BlockSpec.kv(BLOCK, DIM, torch.float32)
-CONFIG = {
-    "hot": 64 * SPEC.nbytes,
-    "warm": 256 * SPEC.nbytes,
-    "cold": "16MiB",
-    "device": "cpu",
-    "staging": 4 * 64 * SPEC.nbytes,
-}
-
-Segments = list[list[int]]
-"""What a context holds: [seed, tokens] one after the other."""
-
-State = dict[str, Segments]
-
 STEPS: dict[str, tuple[type, str]] = {
     "commit": (DiskTier, "_commit"),
-    "write of blocks": (DiskTier, "write"),
+    "growth of the map": (DiskTier, "_grow"),
+    "write of blocks": (DiskTier, "write_frames"),
     "deletion": (DiskTier, "delete"),
     "promotion": (Mover, "promote"),
+    "eviction": (Mover, "_evict"),
     "reading up": (Mover, "bring_up"),
     "save": (SavedContexts, "write"),
     "sweep": (SavedContexts, "sweep"),
     "rename": (SavedContexts, "rename"),
     "landmarks": (LandmarkIndex, "add"),
+    "save of an index": (GraphFiles, "keep"),
 }
-
-
-def tokens_of(segments: Segments) -> torch.Tensor:
-    """Return a context's keys, float32 [STREAMS, tokens, DIM]; its values are their negatives."""
-    parts = [torch.empty(STREAMS, 0, DIM)]
-    for seed, count in segments:
-        generator = torch.Generator().manual_seed(seed)
-        parts.append(torch.randn(STREAMS, count, DIM, generator=generator))
-    return torch.cat(parts, dim=1)
-
-
-def append(context: Context, seed: int, count: int) -> None:
-    """Append a segment."""
-    keys = tokens_of([[seed, count]])
-    sealed = (context.tokens(0) % BLOCK + count) // BLOCK
-    marks = torch.full((STREAMS, sealed, DIM), float(seed % 97))
-    context.append(slice(None), [keys, -keys], marks)
-    context.info["segments"] = [*context.info.get("segments", []), [seed, count]]
-
-
-def fault_of(store: Store, name: str, segments: Segments) -> str | None:
-    """Say how a context differs from what it must hold."""
-    with store.context(name).fork() as context:
-        if context.info.get("segments", []) != segments:
-            return f"it holds {context.info.get('segments')}, not {segments}"
-        want = tokens_of(segments)
-        sealed = context.sealed(0)
-        if context.tokens(0) != want.shape[1] or context.tokens(1) != want.shape[1]:
-            return f"it has {context.tokens(0)} tokens, not {want.shape[1]}"
-        ids = context.ids(slice(None), np.tile(np.arange(sealed), (STREAMS, 1)))
-        rest = context.open_block(slice(None))
-        for sign, blocks, tail in zip((1, -1), store.fetch(ids), rest, strict=True):
-            if not torch.equal(torch.cat((blocks.flatten(1, 2), tail), dim=1), sign * want):
-                return "its tokens are not those that were written"
-    store.contexts[name].close(save=False)
-    return None
 
 
 # --- kills --------------------------------------------------------------------------------------
@@ -115,60 +68,22 @@ def work(directory: str, state: State, seed: int, step: str | None, told: Connec
     """Change contexts until killed; tell the state before and after each change."""
     torch.set_num_threads(1)
     rng = random.Random(seed)
+    disk._FIRST_MAP_PAGES = 16  # so that there is growth
     if step is not None:
         die_within(*STEPS[step], rng)
     durability = rng.choice(DURABILITIES)
-    config = StoreConfig(directory=directory, durability=durability, **CONFIG)  # type: ignore[arg-type]
-    with Store(SPEC, config) as store:
+    with SMALL.open(directory, durability=durability) as store:
         while True:
-            kind, act, after = act_of(store, state, rng)
+            kind, act, after = SMALL.draw(store, state, rng)
             told.send((kind, state, after))
             act()
             state = after
             told.send((kind, state, state))
 
 
-def act_of(store: Store, state: State, rng: random.Random) -> tuple[str, Callable[[], None], State]:
-    """Draw a change: its kind, the change itself, and the state after it."""
-    names = sorted(state)
-    kind = rng.choice(["append", "append", "append", "fork", "rename", "delete", "ask"])
-    name, new = rng.choice(names or ["c0"]), f"c{rng.randrange(6)}"
-    after = {each: list(segments) for each, segments in state.items()}
-    if names and kind == "delete":
-        del after[name]
-        return kind, partial(store.kept.delete, name), after
-    if names and kind == "ask":
-        return kind, partial(ask, store, name), after
-    if names and kind == "fork" and new not in state:
-        after[new] = list(after[name])
-        return kind, partial(store.kept.fork, name, new), after
-    if names and kind == "rename" and new not in state:
-        after[new] = after.pop(name)
-        return kind, partial(store.kept.rename, name, new), after
-    name = rng.choice([*names, new])
-    seeds = [(rng.randrange(2**31), rng.randrange(1, 200)) for _ in range(2)]
-    after[name] = [*after.get(name, []), *([s, n] for s, n in seeds)]
-    return "append", partial(grow, store, name, seeds), after
-
-
-def grow(store: Store, name: str, seeds: list[tuple[int, int]]) -> None:
-    """Append segments and save."""
-    with store.context(name, streams=STREAMS, landmark_dim=DIM) as context:
-        for seed, count in seeds:
-            append(context, seed, count)
-
-
-def ask(store: Store, name: str) -> None:
-    """Read in a throwaway fork."""
-    with store.context(name) as context, context.fork() as fork:
-        append(fork, 1, 50)
-        ids = fork.ids(slice(None), np.tile(np.arange(fork.sealed(0)), (STREAMS, 1)))
-        store.fetch(ids)
-
-
-def die_within(owner: type, method: str, rng: random.Random) -> None:
-    """Have this process killed at a random call of a method: before it, after it, or within."""
-    left, place = rng.randrange(1, 30), rng.choice(["before", "within", "after"])
+def die_within(owner: type, method: str, rng: random.Random, most: int = 30) -> None:
+    """Have this process killed at one of the next calls of a method: before it, after, within."""
+    left, place = rng.randrange(1, most), rng.choice(["before", "within", "after"])
     real = getattr(owner, method)
 
     def called(*args: Any, **given: Any) -> Any:
@@ -210,6 +125,7 @@ def kills(directory: Path, count: int, seed: int, console: Console) -> dict[str,
                     told = ours.recv()
                 except EOFError:
                     break
+        itself = time.monotonic() < deadline
         child.kill()
         child.join()
         while ours.poll():
@@ -219,11 +135,11 @@ def kills(directory: Path, count: int, seed: int, console: Console) -> dict[str,
                 break
         if child.exitcode != -signal.SIGKILL:
             faults.append(f"kill {turn}: the child ended with {child.exitcode} at {told[0]}")
-        at[step or "a random moment"] += 1
+        at[step if step and itself else "a random moment"] += 1
         kind, before, after = told
         sure, during = sure + (before == after), during + (before != after)
         try:
-            state = found_state(directory, before, after)
+            state = SMALL.found_state(directory, before, after)
         except (KVStoreError, ValueError, KeyError, AssertionError) as error:
             faults.append(f"kill {turn} ({step}, {kind}): {type(error).__name__}: {error}")
             shutil.rmtree(directory)
@@ -237,25 +153,6 @@ def kills(directory: Path, count: int, seed: int, console: Console) -> dict[str,
     }
 
 
-def found_state(directory: Path, *states: State) -> State:
-    """Open the store; return which of these states it is in, all of it checked."""
-    with Store(SPEC, StoreConfig(directory=directory, **CONFIG)) as store:  # type: ignore[arg-type]
-        store.check()
-        names = store.kept.names()
-        found = {name: store.kept.require(name)["info"].get("segments", []) for name in names}
-        if found not in states:
-            raise AssertionError(f"it holds {found}, none of {states}")
-        for name, segments in found.items():
-            if fault := fault_of(store, name, segments):
-                raise AssertionError(f"context {name}: {fault}")
-        if damaged := verify(store).damaged:
-            raise AssertionError(damaged[0])
-        store.sweep()
-        if verify(store).unreferenced:
-            raise AssertionError("blocks are left that no context has")
-    return found
-
-
 # --- damage -------------------------------------------------------------------------------------
 
 
@@ -263,40 +160,65 @@ def damages(directory: Path, count: int, seed: int, console: Console) -> dict[st
     """Damage a store `count` times, each time anew, in a child that may die; return what came."""
     rng = random.Random(seed)
     state: State = {}
-    with Store(SPEC, StoreConfig(directory=directory, **CONFIG)) as store:  # type: ignore[arg-type]
+    with SMALL.open(directory) as store:
         for i in range(6):
             seeds = [(rng.randrange(2**31), rng.randrange(100, 400)) for _ in range(3)]
-            grow(store, f"c{i}", seeds)
+            SMALL.grow(store, f"c{i}", seeds)
             state[f"c{i}"] = [[s, n] for s, n in seeds]
+        with store.context("c0") as context:
+            context.save(snapshot=True)
         store.kept.fork("c0", "fork")
         state["fork"] = state["c0"]
-    path = directory / "data.mdb"
-    whole = path.read_bytes()
-    came: Counter[str] = Counter()
-    faults: list[str] = []
     processes = multiprocessing.get_context("fork")
-    for turn in track(range(count), "damages", console=console, disable=not console.is_terminal):
-        raw, kind = damaged(whole, rng)
-        path.write_bytes(raw)
+
+    def run(kill: int | None = None) -> tuple[int | None, Any]:
         ours, theirs = processes.Pipe(duplex=False)
-        child = processes.Process(target=look, args=(str(directory), state, theirs))
+        child = processes.Process(target=look, args=(str(directory), state, answers, kill, theirs))
         child.start()
         theirs.close()
         child.join(60)
-        if child.exitcode != 0:
-            child.kill()
-            faults.append(f"damage {turn} ({kind}): the process ended with {child.exitcode}")
+        child.kill()
+        return child.exitcode, ours.recv() if child.exitcode == 0 else None
+
+    answers: dict[str, list[int]] = {}
+    _, (_, _, answers) = run()
+    whole = {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+    came: Counter[str] = Counter()
+    killed = 0
+    faults: list[str] = []
+    for turn in track(range(count), "damages", console=console, disable=not console.is_terminal):
+        for path in directory.rglob("*"):
+            if path.is_file() and path not in whole:
+                path.unlink()
+        for path, raw in whole.items():
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(raw)
+        others = [path for path in whole if path.name not in ("data.mdb", "owner")]
+        path = rng.choice(others) if rng.random() < 0.2 else directory / "data.mdb"
+        raw, kind = damaged(whole[path], rng)
+        path.write_bytes(raw)
+        kind = f"{kind} in {path.name if path.parent == directory else 'index/*' + path.suffix}"
+        if rng.random() < 0.25:  # killed while it repairs, and begun again
+            code, found = run(kill=rng.randrange(2**31))
+            killed += code == -signal.SIGKILL
+            if code == -signal.SIGKILL:
+                code, found = run()
+        else:
+            code, found = run()
+        if code != 0 or found is None:
+            faults.append(f"damage {turn} ({kind}): the process ended with {code}")
             continue
-        result, wrong = ours.recv()
+        result, wrong, _ = found
         came[f"{kind}: {result}"] += 1
         faults += [f"damage {turn} ({kind}): {each}" for each in wrong]
-    return {"damages": count, "came": dict(sorted(came.items())), "faults": faults}
+    came_of = dict(sorted(came.items()))
+    return {"damages": count, "killed_in_repair": killed, "came": came_of, "faults": faults}
 
 
 def damaged(whole: bytes, rng: random.Random) -> tuple[bytes, str]:
     """Damage a file's bytes in a random way."""
     raw = bytearray(whole)
-    page = 4096
+    page = 4096 if len(raw) >= 4 * 4096 else max(1, len(raw) // 8)
     pages = len(raw) // page
     kind = rng.choice(["bit", "byte", "zeros", "swap", "copy", "cut", "longer", "noise"])
     at, other = rng.randrange(len(raw)), rng.randrange(2, pages) * page
@@ -306,12 +228,13 @@ def damaged(whole: bytes, rng: random.Random) -> tuple[bytes, str]:
     elif kind == "byte":
         raw[at] = rng.randrange(256)
     elif kind == "zeros":
-        raw[here : here + page] = bytes(page)
+        raw[here : here + page] = bytes(len(raw[here : here + page]))
     elif kind == "swap":
-        here = max(here, 2 * page)
+        here = min(max(here, 2 * page), (pages - 1) * page)
         one, two = raw[here : here + page], raw[other : other + page]
         raw[here : here + page], raw[other : other + page] = two, one
     elif kind == "copy":
+        here = min(here, (pages - 1) * page)
         raw[here : here + page] = raw[other : other + page]
     elif kind == "cut":
         del raw[at:]
@@ -323,24 +246,46 @@ def damaged(whole: bytes, rng: random.Random) -> tuple[bytes, str]:
     return bytes(raw), kind
 
 
-def look(directory: str, state: State, told: Connection) -> None:
-    """Open a damaged store, read every context, repair it, and look again."""
+def look(
+    directory: str,
+    state: State,
+    answers: dict[str, list[int]],
+    kill: int | None,
+    told: Connection,
+) -> None:
+    """Open a damaged store, read every context, repair it, and look again.
+
+    answers: what a search must find in each context. kill: die at a moment of the repair that this
+    seed says. Tells how it went, what was wrong, and what searches found.
+    """
     torch.set_num_threads(1)
     wrong: list[str] = []
+    found_by: dict[str, list[int]] = {}
+
+    def read(name: str) -> None:
+        if fault := SMALL.fault_of(store, name, store.kept.require(name)["info"]["segments"]):
+            wrong.append(f"{name}: {fault}")
+        with store.context(name).fork() as fork:
+            queries = SMALL.landmarks_of(2, 3)
+            found_by[name] = fork.search(slice(None), queries, 8)[0].ravel().tolist()
+        store.contexts[name].close(save=False)
+
     try:
-        store = Store(SPEC, StoreConfig(directory=directory, **CONFIG))  # type: ignore[arg-type]
+        store = Store.open(directory, SMALL.config(directory))
     except (KVStoreError, ValueError) as error:
-        told.send((f"not opened ({type(error).__name__})", wrong))
+        told.send((f"not opened ({type(error).__name__})", wrong, {}))
         return
     refused = 0
     for name, segments in state.items():
         try:
-            if fault := fault_of(store, name, segments):
-                wrong.append(f"{name}: {fault}")
+            if store.kept.require(name)["info"]["segments"] != segments:
+                wrong.append(f"{name}: it is another context")
+            read(name)
         except (KVStoreError, ValueError, KeyError):
             refused += 1
             for context in list(store.contexts.values()):
                 context.close(save=False)
+    wrong += [f"{n}: searches find others" for n in found_by if found_by[n] != answers.get(n)]
     result = "harmless"
     try:
         found = verify(store)
@@ -348,18 +293,20 @@ def look(directory: str, state: State, told: Connection) -> None:
             result = "found"
         elif refused:
             wrong.append("a context was refused, and verify finds nothing")
+        if kill is not None:
+            rng = random.Random(kill)
+            steps = ((SavedContexts, "replace"), (SavedContexts, "sweep"), (DiskTier, "_commit"))
+            owner, method = rng.choice(steps)
+            die_within(owner, method, rng, most=3)
         repair(store, found)
-        left = verify(store).damaged
-        for name in store.kept.names():
-            segments = store.kept.require(name)["info"]["segments"]
-            if fault := fault_of(store, name, segments):
-                wrong.append(f"{name}, repaired: {fault}")
-        if left:
+        if verify(store).damaged:
             result = "found, not all repaired"
+        for name in store.kept.names():
+            read(name)
         store.close(save=False)
     except KVStoreError as error:
         result = f"found, not repaired ({type(error).__name__})"
-    told.send((result, wrong))
+    told.send((result, wrong if answers else [], found_by))
 
 
 def main() -> int:

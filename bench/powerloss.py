@@ -34,8 +34,8 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from bench.faults import CONFIG, SPEC, State, act_of, found_state
-from kvstore import KVStoreError, Store, StoreConfig
+from bench.changes import SMALL, State
+from kvstore import KVStoreError
 from kvstore.config import DURABILITIES
 
 SECTOR = 512
@@ -170,10 +170,9 @@ def work(directory: str, changes: int, seed: int, durability: str) -> None:
     state: State = {}
     marks = os.open(Path(directory).parent / "marks", os.O_WRONLY | os.O_CREAT, 0o600)
     mark = partial(os.write, marks)
-    config = StoreConfig(directory=directory, durability=durability, **CONFIG)  # type: ignore[arg-type]
-    with Store(SPEC, config) as store:
+    with SMALL.open(directory, durability=durability) as store:
         for _ in range(changes):
-            _, act, after = act_of(store, state, rng)
+            _, act, after = SMALL.draw(store, state, rng)
             mark(json.dumps([state, after]).encode())
             act()
             state = after
@@ -254,7 +253,7 @@ def cuts(count: int, changes: int, seed: int, durability: str, console: Console)
                 done = change_was_done(records, cut)
                 sure = states[-1:] if done else states[-2:]
                 lost = states[-len(sure) - 1 : -len(sure)] if durability == "async" else []
-                behind += found_state(copy, *sure, *lost) in lost
+                behind += SMALL.found_state(copy, *sure, *lost) in lost
             except (KVStoreError, ValueError, KeyError, AssertionError) as error:
                 what = f"{type(error).__name__}: {error}"
                 faults.append(f"cut {turn} at {cut} of {len(records)}: {what[:200]}")

@@ -2,9 +2,12 @@
 
 The writer appends to contexts, forks, renames, removes and asks them, beyond what memory holds. The
 readers open the store again and again and read every context that there was when they opened it. A
-wrong value is a fault, and so is an error.
+wrong value is a fault, and so is an error, a pin or a block that is left over, and memory beyond
+what the process took before it opened the store and 1.1 times the memory tiers, staging and an
+index.
 
 python -m bench.soak --seconds 600 --readers 8
+python -m bench.soak --seconds 3600 --readers 0 --large
 """
 
 from __future__ import annotations
@@ -17,7 +20,6 @@ import shutil
 import tempfile
 import time
 from collections import Counter
-from functools import partial
 from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
@@ -25,14 +27,9 @@ from typing import Any
 import psutil
 import torch
 
-from bench.faults import CONFIG, SPEC, State, act_of, fault_of
-from kvstore import KVStoreError, Store, StoreConfig
+from bench.changes import LARGE, SMALL, State, Work
+from kvstore import KVStoreError
 from kvstore.verify import verify
-
-
-def config(directory: Path, read_only: bool = False) -> StoreConfig:
-    """The settings of writer and readers: little memory, so that the disk serves."""
-    return StoreConfig(directory=directory, read_only=read_only, **CONFIG)  # type: ignore[arg-type]
 
 
 def anonymous_bytes() -> int:
@@ -41,58 +38,72 @@ def anonymous_bytes() -> int:
     return int(memory.rss - memory.shared)
 
 
-def write(directory: Path, seconds: float, seed: int, told: Any) -> None:
+def write(directory: Path, work: Work, seconds: float, seed: int, told: Any) -> None:
     """Change contexts for so long; tell how much was done and what memory it took."""
     torch.set_num_threads(1)
     rng = random.Random(seed)
     state: State = {}
     changes: Counter[str] = Counter()
+    work.keys_of(0, work.longest)  # torch takes memory of its own when it is first used
+    bare = anonymous_bytes()
+    most = largest = file_bytes = 0
     end = time.monotonic() + seconds
-    settled, most, largest = 0, 0, 0
-    with Store(SPEC, config(directory)) as store:
+    with work.open(directory) as store:
+        config = store.config
+        budget = config.hot + config.warm + config.staging
+        least = 3 * (work.hot + work.warm)
         while time.monotonic() < end:
-            kind, act, after = act_of(store, state, rng)
-            if sum(n for segments in after.values() for _, n in segments) > 40_000:
-                name = rng.choice(sorted(state))
-                kind, act = "delete", partial(store.kept.delete, name)
-                after = {each: s for each, s in state.items() if each != name}
+            kind, act, after = work.draw(store, state, rng)
+            if len(store) > 1.2 * least:
+                kind, act, after = work.removal(store, state, rng.choice(sorted(state)))
+            elif kind == "delete" and len(store) < least:
+                continue
             act()
             state = after
             changes[kind] += 1
-            total = sum(changes.values())
-            if total == 200:
-                settled = anonymous_bytes()
-            if total >= 200 and total % 50 == 0:
-                most = max(most, anonymous_bytes())
             largest = max(largest, len(store))
+            most = max(most, anonymous_bytes() - bare)
+            file_bytes = max(file_bytes, (directory / "data.mdb").stat().st_size)
         store.check()
+        wrong, index_bytes = [], 0
+        for name, segments in state.items():
+            if fault := work.fault_of(store, name, segments):
+                wrong.append(f"{name}: {fault}")
+            with store.context(name) as context:
+                context.search(slice(None), work.landmarks_of(2, 1), 1)
+                index_bytes = max(index_bytes, context.index.stats.bytes)
         pinned = int(store._mover.hot.pinned.sum())
         found = verify(store)
+        live = store.usage()["cold"].used_bytes
     told.send(
         {
             "changes": dict(changes),
-            "anonymous_mib_after_200_changes": settled / 2**20,
+            "budget_mib": budget / 2**20,
+            "index_mib": index_bytes / 2**20,
             "anonymous_mib_at_most": most / 2**20,
+            "of_budget": most / (budget + index_bytes),
             "most_blocks": largest,
-            "memory_blocks": (int(store.config.hot) + int(store.config.warm)) // SPEC.nbytes,
+            "memory_blocks": work.hot + work.warm,
+            "file_mib": file_bytes / 2**20,
+            "used_mib_at_the_end": live / 2**20,
             "pins_left": pinned,
             "blocks_left_over": found.unreferenced,
-            "damaged": found.damaged,
+            "damaged": found.damaged + wrong,
         }
     )
 
 
-def read(directory: Path, stop: Event, told: Any) -> None:
+def read(directory: Path, work: Work, stop: Event, told: Any) -> None:
     """Read every context again and again until told to stop; tell what came."""
     torch.set_num_threads(1)
     came: Counter[str] = Counter()
     wrong: list[str] = []
     while not stop.is_set():
         try:
-            with Store(SPEC, config(directory, read_only=True)) as store:
+            with work.open(directory, read_only=True) as store:
                 for name in store.kept.names():
                     segments = store.kept.require(name)["info"]["segments"]
-                    if fault := fault_of(store, name, segments):
+                    if fault := work.fault_of(store, name, segments):
                         wrong.append(f"{name}: {fault}")
                     came["read"] += 1
                 came["opened"] += 1
@@ -110,23 +121,27 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=600)
     parser.add_argument("--readers", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--large", action="store_true", help="320 MiB in memory, blocks of 32 KiB")
     args = parser.parse_args()
+    work = LARGE if args.large else SMALL
     processes = multiprocessing.get_context("spawn")
     place = Path(tempfile.mkdtemp(prefix="soak-"))
     directory, stop = place / "store", processes.Event()
     try:
-        with Store(SPEC, config(directory)):
+        with work.open(directory):
             pass  # so that there is something to open
         ours, theirs = processes.Pipe()
-        writer = processes.Process(target=write, args=(directory, args.seconds, args.seed, theirs))
+        writer = processes.Process(
+            target=write, args=(directory, work, args.seconds, args.seed, theirs)
+        )
         writer.start()
         readers = []
         for _ in range(args.readers):
             mine, its = processes.Pipe()
-            process = processes.Process(target=read, args=(directory, stop, its))
+            process = processes.Process(target=read, args=(directory, work, stop, its))
             process.start()
             readers.append((process, mine))
-        report = {"bench": "soak", "seconds": args.seconds, "readers": args.readers}
+        report: dict[str, Any] = {"bench": "soak", "seconds": args.seconds, "readers": args.readers}
         report |= {"writer": ours.recv()}
         stop.set()
         came: Counter[str] = Counter()
@@ -143,7 +158,10 @@ def main() -> int:
     for key, value in report.items():
         print(f"{key}: {value}")
     print(json.dumps(report))
-    return 1 if wrong or report["writer"]["damaged"] else 0  # type: ignore[index]
+    figures: dict[str, Any] = report["writer"]
+    left = figures["pins_left"] or figures["blocks_left_over"]
+    over = args.large and figures["of_budget"] > 1.1  # of small tiers Python itself is the most
+    return 1 if wrong or figures["damaged"] or left or over else 0
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from kvstore.block_map import BlockMap
 from kvstore.config import IndexConfig
 from kvstore.errors import CorruptBlockError, StoreClosedError
+from kvstore.heap import give_back
 from kvstore.index import GraphFiles, LandmarkIndex
 from kvstore.manifest import Manifest, describe_blocks, numbers_of
 from kvstore.saved_contexts import Past, check_name
@@ -362,6 +363,8 @@ class Context:
         except StoreClosedError:
             pass  # what there was to do the store has done
         self._end()
+        if self.name is not None:  # a throwaway fork has little of its own
+            give_back()
 
     def delete(self) -> None:
         """End it and forget it: its records, and its blocks that no other context has."""

@@ -14,7 +14,18 @@ class HotTierTooSmallError(KVStoreError):
 
 
 class CorruptBlockError(KVStoreError):
-    """A block read from disk is not the block that was written."""
+    """What was read from disk is not what was written: a block, a record or a file.
+
+    block: the id of the block, where it is one.
+    """
+
+    def __init__(self, message: str, block: int | None = None) -> None:
+        super().__init__(message)
+        self.block = block
+
+
+class CorruptStoreError(CorruptBlockError):
+    """The structure of a store's file is damaged, so that nothing can safely be read from it."""
 
 
 class WriteFailedError(KVStoreError):

@@ -340,7 +340,8 @@ class SavedContexts:
 
     def _tensors(self, name: str, numbers: list[int]) -> dict[str, torch.Tensor]:
         """Read pieces, which joined are tensors."""
-        value = b"".join(self._piece(name, number) for number in numbers)
+        pieces = [self._piece(name, number) for number in numbers]
+        value = pieces[0] if len(pieces) == 1 else b"".join(pieces)
         try:
             return load_tensors(value)
         except (SafetensorError, ValueError, KeyError, TypeError) as error:

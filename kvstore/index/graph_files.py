@@ -34,7 +34,7 @@ class GraphFiles:
         """Return the file of this key if there is one, and it is what was written."""
         path = self._directory / f"{key}.hnsw"
         with contextlib.suppress(OSError):
-            if path.with_suffix(".sum").read_text() == _digest(path):
+            if path.with_suffix(".sum").read_bytes() == _digest(path):
                 if self._writable:
                     os.utime(path)
                 return path
@@ -53,7 +53,7 @@ class GraphFiles:
             total = _digest(partial)
             partial.replace(path)
             handle = os.open(path.with_suffix(".sum"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-            with os.fdopen(handle, "w") as file:
+            with os.fdopen(handle, "wb") as file:
                 file.write(total)
             self._make_room()
         except (OSError, RuntimeError):
@@ -72,9 +72,9 @@ class GraphFiles:
             total -= each.st_size
 
 
-def _digest(path: Path) -> str:
+def _digest(path: Path) -> bytes:
     digest = xxhash.xxh3_128()
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
-    return digest.hexdigest()
+    return digest.hexdigest().encode()

@@ -87,7 +87,9 @@ class Segment:
             graph.set_ef(self._config.ef_search)
             self._graph = graph
         except Exception as error:
-            self.error = error
+            # Its traceback would keep all that is here, this segment too, until Python looks for
+            # cycles.
+            self.error = error.with_traceback(None)
         finally:
             self._views = ()
             self._done.set()

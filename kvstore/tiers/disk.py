@@ -25,7 +25,13 @@ import xxhash
 
 from kvstore.block import BlockSpec
 from kvstore.codec import Bytes2D, Codec, Ids
-from kvstore.errors import CorruptBlockError, StoreClosedError, StoreFullError, WriteFailedError
+from kvstore.errors import (
+    CorruptBlockError,
+    CorruptStoreError,
+    StoreClosedError,
+    StoreFullError,
+    WriteFailedError,
+)
 from kvstore.tiers import lock
 from kvstore.tiers.pack import (
     INDEX_BITS,
@@ -181,7 +187,9 @@ class DiskTier:
                     frames.append(pack[first:last])
             except lmdb.Error as error:
                 block = ids[len(frames)]
-                raise CorruptBlockError(f"block {block} is damaged on disk: {error}") from None
+                raise CorruptBlockError(
+                    f"block {block} is damaged on disk: {error}", int(block)
+                ) from None
             except struct.error:
                 raise self._missing(ids, numbers, places, packs) from None
             self._codec.decode(ids, frames, out, rows)
@@ -288,8 +296,8 @@ class DiskTier:
 
     def get_meta(self, key: bytes) -> bytes | None:
         """Return a record, or None. A damaged one raises CorruptBlockError naming its key."""
-        with self._snapshot() as transaction:
-            value = _held(transaction, key, self._records)
+        with self._snapshot(buffers=True) as transaction:
+            value = memoryview(transaction.get(key, b"", db=self._records))
             return _unseal(key, value, f"record {key!r}") if value else None
 
     def meta_keys(self, prefix: bytes = b"") -> list[bytes]:
@@ -361,7 +369,7 @@ class DiskTier:
                 f"{self.directory} holds {held} B already: its capacity cannot be "
                 f"{self.capacity_bytes} B"
             )
-        self._map_pages = max(_FIRST_MAP_PAGES, 2 * held // self._page)
+        self._map_pages = max(_FIRST_MAP_PAGES, held // self._page)
         if not self._read_only:
             self._map_pages = min(self._map_pages, self._most_pages)
         try:
@@ -739,12 +747,12 @@ class DiskTier:
         for block, number, place in zip(ids.tolist(), numbers, places, strict=True):
             if len(packs[number]) < place + 8:
                 return CorruptBlockError(
-                    f"block {block} is not on disk where it was written, in pack {number}"
+                    f"block {block} is not on disk where it was written, in pack {number}", block
                 )
         raise AssertionError("every block has a place")
 
-    def _damaged(self, error: Exception | str) -> CorruptBlockError:
-        return CorruptBlockError(f"the store in {self.directory} is damaged: {error}")
+    def _damaged(self, error: Exception | str) -> CorruptStoreError:
+        return CorruptStoreError(f"the store in {self.directory} is damaged: {error}")
 
     def _write_error(self, error: lmdb.Error, what: str, pages: int) -> Exception:
         # A write that a full disk cut short is an input/output error to LMDB.
@@ -769,11 +777,17 @@ def _held(transaction: lmdb.Transaction, key: bytes, table: Any = None) -> bytes
 
 def _seal(key: bytes, payload: bytes) -> bytes:
     """Put a checksum over key and payload in front."""
-    return xxhash.xxh3_64_digest(key + payload) + payload
+    return _checksum(key, payload) + payload
 
 
-def _unseal(key: bytes, value: bytes, name: str) -> bytes:
-    payload = value[8:]
-    if xxhash.xxh3_64_digest(key + payload) != value[:8]:
+def _unseal(key: bytes, value: bytes | memoryview, name: str) -> bytes:
+    payload = memoryview(value)[8:]
+    if _checksum(key, payload) != value[:8]:
         raise CorruptBlockError(f"{name} is damaged: its checksum does not match")
-    return payload
+    return bytes(payload)
+
+
+def _checksum(key: bytes, payload: bytes | memoryview) -> bytes:
+    checksum = xxhash.xxh3_64(key)
+    checksum.update(payload)
+    return checksum.digest()

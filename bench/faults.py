@@ -36,10 +36,12 @@ from rich.progress import track
 
 from bench.changes import SMALL, State
 from kvstore import KVStoreError, Store
-from kvstore.config import DURABILITIES
+from kvstore.durability import DURABILITIES
+from kvstore.errors import CorruptStoreError
 from kvstore.index.graph_files import GraphFiles
 from kvstore.index.landmark_index import LandmarkIndex
 from kvstore.mover import Mover
+from kvstore.salvage import salvage
 from kvstore.saved_contexts import SavedContexts
 from kvstore.tiers import disk
 from kvstore.tiers.disk import DiskTier
@@ -71,7 +73,7 @@ def work(directory: str, state: State, seed: int, step: str | None, told: Connec
     disk._FIRST_MAP_PAGES = 16  # so that there is growth
     if step is not None:
         die_within(*STEPS[step], rng)
-    durability = rng.choice(DURABILITIES)
+    durability = rng.choice(list(DURABILITIES))
     with SMALL.open(directory, durability=durability) as store:
         while True:
             kind, act, after = SMALL.draw(store, state, rng)
@@ -171,9 +173,11 @@ def damages(directory: Path, count: int, seed: int, console: Console) -> dict[st
         state["fork"] = state["c0"]
     processes = multiprocessing.get_context("fork")
 
-    def run(kill: int | None = None) -> tuple[int | None, Any]:
+    def run(kill: int | None = None, again: bool = False) -> tuple[int | None, Any]:
         ours, theirs = processes.Pipe(duplex=False)
-        child = processes.Process(target=look, args=(str(directory), state, answers, kill, theirs))
+        child = processes.Process(
+            target=look, args=(str(directory), state, answers, kill, again, theirs)
+        )
         child.start()
         theirs.close()
         child.join(60)
@@ -202,7 +206,7 @@ def damages(directory: Path, count: int, seed: int, console: Console) -> dict[st
             code, found = run(kill=rng.randrange(2**31))
             killed += code == -signal.SIGKILL
             if code == -signal.SIGKILL:
-                code, found = run()
+                code, found = run(again=True)
         else:
             code, found = run()
         if code != 0 or found is None:
@@ -251,12 +255,14 @@ def look(
     state: State,
     answers: dict[str, list[int]],
     kill: int | None,
+    again: bool,
     told: Connection,
 ) -> None:
     """Open a damaged store, read every context, repair it, and look again.
 
     answers: what a search must find in each context. kill: die at a moment of the repair that this
-    seed says. Tells how it went, what was wrong, and what searches found.
+    seed says. again: one that was killed may have repaired it in part. Tells how it went, what was
+    wrong, and what searches found.
     """
     torch.set_num_threads(1)
     wrong: list[str] = []
@@ -270,28 +276,46 @@ def look(
             found_by[name] = fork.search(slice(None), queries, 8)[0].ravel().tolist()
         store.contexts[name].close(save=False)
 
+    salvaged, changed = False, again
+    steps: tuple[tuple[type, str], ...]
     try:
         store = Store.open(directory, SMALL.config(directory))
+    except CorruptStoreError:
+        try:
+            if kill is not None:
+                rng = random.Random(kill)
+                steps = ((SavedContexts, "replace"), (DiskTier, "_commit"), (DiskTier, "adopt"))
+                owner, method = rng.choice(steps)
+                die_within(owner, method, rng, most=3)
+            salvage(Path(directory), SMALL.cold)
+            store = Store.open(directory, SMALL.config(directory))
+        except CorruptStoreError:
+            told.send(("found, nothing can be read", wrong, {}))
+            return
+        salvaged = changed = True
     except (KVStoreError, ValueError) as error:
         told.send((f"not opened ({type(error).__name__})", wrong, {}))
         return
     refused = 0
     for name, segments in state.items():
         try:
-            if store.kept.require(name)["info"]["segments"] != segments:
+            if not changed and store.kept.require(name)["info"]["segments"] != segments:
                 wrong.append(f"{name}: it is another context")
             read(name)
         except (KVStoreError, ValueError, KeyError):
             refused += 1
             for context in list(store.contexts.values()):
                 context.close(save=False)
-    wrong += [f"{n}: searches find others" for n in found_by if found_by[n] != answers.get(n)]
-    result = "harmless"
+    if not changed:
+        wrong += [f"{n}: searches find others" for n in found_by if found_by[n] != answers.get(n)]
+    result = (
+        "found, the file made anew" if salvaged else "repaired at last" if again else "harmless"
+    )
     try:
         found = verify(store)
         if found.damaged:
             result = "found"
-        elif refused:
+        elif refused and not changed:
             wrong.append("a context was refused, and verify finds nothing")
         if kill is not None:
             rng = random.Random(kill)

@@ -28,7 +28,8 @@ import zstandard
 from bench.tiers import keys_and_values
 from kvstore.block import BlockSpec
 from kvstore.codec import Codec
-from kvstore.config import DURABILITIES, StoreConfig
+from kvstore.config import StoreConfig
+from kvstore.durability import DURABILITIES
 from kvstore.store import Store
 from model import haystack
 

@@ -36,7 +36,7 @@ from rich.progress import track
 
 from bench.changes import SMALL, State
 from kvstore import KVStoreError
-from kvstore.config import DURABILITIES
+from kvstore.durability import DURABILITIES
 
 SECTOR = 512
 
@@ -272,7 +272,7 @@ def main() -> int:
     parser.add_argument("--cuts", type=int, default=300, help="how often the power is cut")
     parser.add_argument("--changes", type=int, default=60, help="how many changes are made")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--durability", choices=DURABILITIES, default="sync")
+    parser.add_argument("--durability", choices=tuple(DURABILITIES), default="sync")
     parser.add_argument("--work", metavar="DIR", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.work:

@@ -283,7 +283,7 @@ class Codec:
         for block, view in zip(ids.tolist(), views, strict=True):
             reason = self._fault(block, bytes(view))
             if reason:
-                return CorruptBlockError(f"block {block} is damaged on disk: {reason}")
+                return CorruptBlockError(f"block {block} is damaged on disk: {reason}", block)
         raise AssertionError("the frames were refused together but pass one by one")
 
     def _fault(self, block: int, frame: bytes) -> str | None:
@@ -328,7 +328,7 @@ class Codec:
             except zstandard.ZstdError as error:
                 found, reason = 0, str(error)
             if found != len(row):
-                return CorruptBlockError(f"block {block} is damaged on disk: {reason}")
+                return CorruptBlockError(f"block {block} is damaged on disk: {reason}", block)
         raise AssertionError("the blocks were refused together but pass one by one")
 
     def _merge(

@@ -16,12 +16,11 @@ from typing import Any, Generic, TypeVar, overload
 
 import torch
 
+from kvstore.durability import DURABILITIES
 from kvstore.policy import POLICIES, PolicyFactory
 
 Given = TypeVar("Given")
 Kept = TypeVar("Kept")
-
-DURABILITIES = ("sync", "async", "none")
 
 _UNITS = {"B": 1}
 for _power, _prefix in enumerate("KMGT", start=1):
@@ -165,10 +164,8 @@ class StoreConfig:
     staging: bytes of host buffers for blocks on their way between disk and memory.
     trace: file that records every access (see docs/trace.md); None: none.
     index: how landmarks are searched.
-    durability: of a store that is kept, what a loss of power can take (a killed process loses
-        nothing that was flushed). "sync": nothing that a flush or a save has acknowledged. "async":
-        the last seconds; blocks go to disk in groups, and fewer waits. "none": all of it, for
-        scratch; a temporary store is always so.
+    durability: what a loss of power may take of a store that is kept: "sync", "async" or "none"
+        (see kvstore.durability); a temporary one is always "none".
     read_only: open a store that is kept in `directory` beside the process that writes to it, if
         there is one. What is put stays in memory, and nothing is kept.
 

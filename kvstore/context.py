@@ -347,6 +347,17 @@ class Context:
         """Return the store's ids of all its blocks, stream after stream."""
         return self._map.ids()
 
+    def place_of(self, block: int) -> str | None:
+        """Say in words which of its blocks has this id in the store; None if none has."""
+        found = np.flatnonzero(self._map.ids() == block)
+        if not len(found):
+            return None
+        ends = np.cumsum(self._map.counts)
+        stream = int(np.searchsorted(ends, found[0], side="right"))
+        number = int(found[0] - ends[stream] + self._map.counts[stream])
+        name = "a fork" if self.name is None else f"context {self.name!r}"
+        return f"{name}, stream {stream}, block {number}"
+
     def close(self, *, save: bool = True) -> None:
         """Save it if it is kept, and end it. Closing again does nothing; forks live on.
 

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from kvstore.config import format_size
-from kvstore.errors import HotTierTooSmallError
+from kvstore.errors import CorruptBlockError, HotTierTooSmallError
 from kvstore.guard import Guard
 from kvstore.mover import Mover
 from kvstore.prefetch import Prefetch
@@ -32,18 +32,29 @@ class Pin:
     slots: int64, the shape of the ids asked for: each id's slot in `Store.hot_planes`.
     """
 
-    __slots__ = ("_begin", "_held", "_ids", "_lookups", "slots")
+    __slots__ = ("_begin", "_explain", "_held", "_ids", "_lookups", "slots")
 
     slots: Slots
 
-    def __init__(self, lookups: Lookups, begin: Callable[[], None], ids: Ids) -> None:
+    def __init__(
+        self,
+        lookups: Lookups,
+        begin: Callable[[], None],
+        explain: Callable[[CorruptBlockError], CorruptBlockError],
+        ids: Ids,
+    ) -> None:
+        """begin: called first; explain: says more of a damaged block, such as whose it is."""
         self._lookups = lookups
         self._begin = begin
+        self._explain = explain
         self._ids = ids
 
     def __enter__(self) -> Pin:
         self._begin()
-        slots, self._held = self._lookups.hold(self._ids.ravel())
+        try:
+            slots, self._held = self._lookups.hold(self._ids.ravel())
+        except CorruptBlockError as error:
+            raise self._explain(error) from None
         self.slots = slots.reshape(self._ids.shape)
         return self
 

@@ -26,6 +26,7 @@ from kvstore.block import BlockSpec
 from kvstore.check import check_mover
 from kvstore.config import StoreConfig, format_size
 from kvstore.errors import (
+    CorruptBlockError,
     KVStoreError,
     StoreClosedError,
     StoreFullError,
@@ -191,7 +192,7 @@ class Store:
         names no block, HotTierTooSmallError where the distinct blocks do not fit into hot beside
         what is pinned already, CorruptBlockError where a block's copy on disk is damaged.
         """
-        return Pin(self._lookups, self._enter, _as_ids(ids))
+        return Pin(self._lookups, self._enter, self._explain, _as_ids(ids))
 
     def fetch(self, ids: Ids) -> list[torch.Tensor]:
         """Copy blocks out, as many as you like.
@@ -449,6 +450,18 @@ class Store:
             with self._guard:
                 writer.raise_failure()
         self._recorder.raise_failure()
+
+    def _explain(self, error: CorruptBlockError) -> CorruptBlockError:
+        """Say whose block is damaged, and what to do."""
+        message = str(error)
+        # Those with a name first: a throwaway fork has most of its blocks from one of them.
+        for context in sorted(self.contexts.values(), key=lambda context: context.name is None):
+            if error.block is not None and (place := context.place_of(error.block)):
+                message += f"; it is {place}"
+                break
+        if self.config.directory is not None:
+            message += f"; `kvstore verify {self.config.directory} --repair` goes back to before it"
+        return CorruptBlockError(message, error.block)
 
     def _records(self) -> DiskTier:
         if self._disk is None:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from kvstore.errors import CorruptBlockError
+from kvstore.index import GraphFiles
 from kvstore.manifest import Manifest, gone_back
 from kvstore.saved_contexts import SavedContexts
 from kvstore.store import Store
@@ -27,7 +29,8 @@ class Findings:
     broken: the damaged contexts; None where not even the manifest can be read, otherwise what it
     can go back to, or an empty dict where there is nothing. their_blocks: what they had, as far
     as that can be read. strange: keys that no save has written. lost_blocks: damaged ones, by id.
-    unreferenced: blocks that no context has: put otherwise, or left by a process that was killed.
+    graphs: damaged index files. unreferenced: blocks that no context has: put otherwise, or left by
+    a process that was killed.
     """
 
     blocks: int = 0
@@ -37,15 +40,18 @@ class Findings:
     strange: list[bytes] = field(default_factory=list)
     lost_blocks: list[int] = field(default_factory=list)
     their_blocks: list[NDArray[np.int64]] = field(default_factory=list)
+    graphs: list[Path] = field(default_factory=list)
     unreferenced: int = 0
 
 
 def verify(store: Store, progress: Callable[[int], None] = lambda blocks: None) -> Findings:
-    """Read all that a store keeps: frames, records, manifests and the pieces they name.
+    """Read all that a store keeps: frames, records, manifests, the pieces they name, index files.
 
-    Tell now and then how many blocks are read. ValueError if a context is open, or one is of
-    another version of the format, which may be whole.
+    Tell now and then how many blocks are read. ValueError if a context is open, one is of another
+    version of the format, which may be whole, or the store is a temporary one.
     """
+    if store.config.directory is None:
+        raise ValueError("a temporary store keeps nothing that could be verified")
     if store.contexts:
         raise ValueError("a store is verified while no context is open")
     store.kept.require_version()
@@ -70,6 +76,8 @@ def verify(store: Store, progress: Callable[[int], None] = lambda blocks: None) 
             findings.broken[name] = None
     findings.strange = store.kept.strange_keys()
     findings.damaged += [f"record {key!r} is none of ours" for key in findings.strange]
+    findings.graphs = _graph_files(store).damaged()
+    findings.damaged += [f"the index file {path} is damaged" for path in findings.graphs]
     findings.unreferenced = len(np.setdiff1d(store.ids(), np.concatenate(used)))
     return findings
 
@@ -77,6 +85,9 @@ def verify(store: Store, progress: Callable[[int], None] = lambda blocks: None) 
 def repair(store: Store, findings: Findings) -> list[str]:
     """Put right what was found, as far as that can be done; return in words what was lost."""
     done = []
+    for path in findings.graphs:
+        _graph_files(store).remove(path)
+        done.append(f"{path} was removed: it is built anew when it is needed")
     store.put_records(dict.fromkeys(findings.strange))
     for name, back in findings.broken.items():
         before = store.kept.manifest(name) if back else None
@@ -101,6 +112,11 @@ def repair(store: Store, findings: Findings) -> list[str]:
             f"{len(np.intersect1d(unused, findings.lost_blocks)):,} of them damaged"
         )
     return done
+
+
+def _graph_files(store: Store) -> GraphFiles:
+    assert store.config.directory is not None, "what is verified is kept"
+    return GraphFiles(store.config.directory / "index", writable=False)
 
 
 def _verify_context(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from kvstore.cli import options
 from kvstore.cli.usage import checking_input, words
+from kvstore.errors import CorruptBlockError
 
 if TYPE_CHECKING:
     from kvstore.saved_contexts import KeptContext
@@ -70,14 +71,23 @@ def main(args: argparse.Namespace) -> int:
                 store.kept.delete(args.name)
             elif args.change == "sweep":
                 swept = store.sweep()
-        found = [store.kept.describe(name) for name in store.kept.names()]
+        found, damaged = [], {}
+        for name in store.kept.names():
+            try:
+                found.append(store.kept.describe(name))
+            except CorruptBlockError as error:
+                damaged[name] = str(error)
     if args.json:
-        print(json.dumps({"contexts": [asdict(each) for each in found], "swept_blocks": swept}))
-        return 0
+        listed = [asdict(each) for each in found]
+        print(json.dumps({"contexts": listed, "damaged": damaged, "swept_blocks": swept}))
+        return 1 if damaged and args.change is None else 0
     if swept is not None:
         print(f"{swept:,} blocks that no context had were removed")
     if args.change is None:
-        _show(found)
+        if found or not damaged:
+            _show(found)
+        if damaged:
+            raise CorruptBlockError("; ".join(damaged.values()))
     return 0
 
 

@@ -6,6 +6,7 @@ to stop by Ctrl-C or SIGTERM. Every failure is one line on stderr. Never does th
 
 from __future__ import annotations
 
+import argparse
 import os
 import signal
 import sys
@@ -18,7 +19,7 @@ import kvstore
 from kvstore.cli import ask, chat, contexts, demo, run, verify
 from kvstore.cli.options import HelpFormatter
 from kvstore.cli.usage import Parser, UsageError
-from kvstore.errors import KVStoreError
+from kvstore.errors import CorruptBlockError, KVStoreError
 
 
 class Stopped(KeyboardInterrupt):
@@ -32,6 +33,7 @@ class Stopped(KeyboardInterrupt):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code."""
     name = "kvstore"
+    args: argparse.Namespace | None = None
     # torch's threads wait for each other in a loop, which beside other work costs eight times the
     # speed; read once, when torch is imported (docs/log.md).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -56,7 +58,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UsageError as error:
         return _fail(name, f"error: {error}", 2)
     except (KVStoreError, MemoryError) as error:
-        return _fail(name, f"error: {str(error) or 'not enough memory'}", 1)
+        message = str(error) or "not enough memory"
+        directory = getattr(args, "store", None)
+        if isinstance(error, CorruptBlockError) and directory and "kvstore verify" not in message:
+            message += f"; `kvstore verify {directory}` says what is damaged, --repair mends it"
+        return _fail(name, f"error: {message}", 1)
     except BrokenPipeError:
         # The reader of stdout has gone; Python would complain once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -9,6 +9,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from kvstore.cli.usage import number, share, text, whole, words
+from kvstore.durability import DURABILITIES
 from kvstore.policy import POLICIES
 
 if TYPE_CHECKING:
@@ -83,6 +84,18 @@ def add_directory(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_durability(parser: argparse.ArgumentParser) -> None:
+    """Add the option that says what a loss of power may take of what is kept."""
+    parser.add_argument(
+        "--durability",
+        choices=tuple(DURABILITIES),
+        default="sync",
+        help="; ".join(f"{name}: {promise}" for name, promise in DURABILITIES.items())
+        + " (default: sync)",
+        metavar="MODE",
+    )
+
+
 def add_cold(parser: argparse._ActionsContainer) -> None:
     """Add the size of the file on disk."""
     parser.add_argument(
@@ -103,6 +116,7 @@ def add_asking(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--append", action="store_true", help="keep prompt and answer, behind what was read"
     )
+    add_durability(parser)
     add_store(parser, hot="64MiB", warm="256MiB")
     add_answer(parser, stop=())
 
@@ -171,6 +185,7 @@ def store_config(args: argparse.Namespace) -> StoreConfig:
         directory=args.store,
         device=args.device,
         policy=args.policy,
+        durability=getattr(args, "durability", "sync"),
         trace=args.trace,
         index=IndexConfig(kind=getattr(args, "index", "auto")),
     )

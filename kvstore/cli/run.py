@@ -52,6 +52,7 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
         action="store_false",
         help="read all of the text, also what a kept context has read",
     )
+    options.add_durability(parser)
     options.add_model(parser)
     options.add_store(parser, hot="64MiB", warm="256MiB")
     options.add_answer(parser, stop=())

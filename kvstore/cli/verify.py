@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 
 from kvstore.cli import options
 from kvstore.cli.usage import checking_input, words
+from kvstore.errors import CorruptStoreError
 
 _EXAMPLE = """\
 examples:
@@ -22,7 +24,8 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
         help="check what a store keeps, and repair it",
         description="Read every block, record and context of a store and say what is not what was\n"
         "written; exit code 1 if anything is. --repair takes a damaged context back to its last\n"
-        "snapshot before the damage, or removes it, and touches nothing else.",
+        "snapshot before the damage, or removes it, and touches nothing else; a file whose\n"
+        "structure is damaged is made anew of what can be read, and the old one kept.",
         epilog=_EXAMPLE,
         allow_abbrev=False,
         formatter_class=options.HelpFormatter,
@@ -40,10 +43,18 @@ def main(args: argparse.Namespace) -> int:
     from rich.progress import Progress
 
     from kvstore.cli.contexts import open_to_look
+    from kvstore.salvage import salvage
     from kvstore.verify import repair, verify
 
+    salvaged: list[str] = []
     with checking_input():
-        store = open_to_look(args)
+        try:
+            store = open_to_look(args)
+        except CorruptStoreError as error:
+            if not args.repair:
+                raise
+            salvaged = [str(error), *salvage(Path(args.store), args.cold)]
+            store = open_to_look(args)
     with store:
         with checking_input():  # a context of another version is no damage
             store.kept.require_version()
@@ -52,7 +63,7 @@ def main(args: argparse.Namespace) -> int:
         with Progress(console=Console(stderr=True), disable=quiet, transient=True) as progress:
             task = progress.add_task("verifying", total=blocks)
             found = verify(store, lambda done: progress.update(task, completed=done))
-        mended = repair(store, found) if args.repair and found.damaged else []
+        mended = salvaged + (repair(store, found) if args.repair and found.damaged else [])
         left = verify(store).damaged if mended else found.damaged
     if args.json:
         figures = {

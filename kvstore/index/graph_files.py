@@ -40,6 +40,16 @@ class GraphFiles:
                 return path
         return None
 
+    def damaged(self) -> list[Path]:
+        """Return the files that are not what was written."""
+        found = sorted(self._directory.glob("*.hnsw"))
+        return [path for path in found if self.find(path.stem) is None]
+
+    def remove(self, path: Path) -> None:
+        """Remove a file; what it held is built anew when it is needed."""
+        path.unlink(missing_ok=True)
+        path.with_suffix(".sum").unlink(missing_ok=True)
+
     def keep(self, key: str, save: Callable[[str], None]) -> None:
         """Keep a graph. save: writes it to a path."""
         if not self._writable:
@@ -51,24 +61,27 @@ class GraphFiles:
             os.close(os.open(partial, os.O_WRONLY | os.O_CREAT, 0o600))
             save(str(partial))
             total = _digest(partial)
-            partial.replace(path)
+            # First: a graph without its sum would be taken for a damaged one.
             handle = os.open(path.with_suffix(".sum"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
             with os.fdopen(handle, "wb") as file:
                 file.write(total)
+            partial.replace(path)
             self._make_room()
         except (OSError, RuntimeError):
             with contextlib.suppress(OSError):
                 partial.unlink(missing_ok=True)
 
     def _make_room(self) -> None:
+        for path in self._directory.iterdir():
+            if path.suffix not in (".hnsw", ".sum"):
+                path.unlink()  # left by a process that was killed
         found = [(path.stat(), path) for path in self._directory.glob("*.hnsw")]
         found.sort(key=lambda each: each[0].st_mtime_ns)
         total = sum(each.st_size for each, _ in found)
         for each, path in found[:-1]:
             if total <= self._most:
                 return
-            path.unlink()
-            path.with_suffix(".sum").unlink(missing_ok=True)
+            self.remove(path)
             total -= each.st_size
 
 

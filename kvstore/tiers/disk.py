@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import mmap
 import os
 import shutil
 import stat
 import struct
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ from kvstore.tiers.pack import (
     frame_at,
     join_frames,
 )
-from kvstore.tiers.tree import fault_of
+from kvstore.tiers.tree import Entries, fault_of
 
 FORMAT_VERSION = 1
 
@@ -50,7 +51,7 @@ FORMAT_VERSION = 1
 # share a value of at least this size, and lose half a page in sixteen.
 _PACK_BYTES = 1 << 16
 
-_FORMAT_KEY = b"format"
+FORMAT_KEY = b"format"
 _COUNTERS_KEY = b"counters"
 _TABLES = (b"packs", b"directory", b"records")
 _LONGEST_KEY = 500  # LMDB's own limit is 511 B
@@ -72,6 +73,7 @@ _RECLAIMED_PAGES = 16  # copied in one transaction
 # enough of them that do not lie side by side.
 _RETRIED_PACK_BYTES = (_PACK_BYTES, _PACK_BYTES, _PACK_BYTES // 4, 1)
 _READ_PATIENCE_SECONDS = 2.0
+_ADOPTED = 64  # values, in one transaction
 _TRIES = 100  # to look at a tree between two commits of another process
 
 _Change = Callable[[lmdb.Transaction], None]
@@ -219,11 +221,17 @@ class DiskTier:
                     chunks += [chunk[half:], chunk[:half]]
 
     def scan(self) -> tuple[Ids, Locations]:
-        """Return the ids and locations of all blocks, int64 [n] each, oldest first."""
+        """Return the ids and locations of all blocks, int64 [n] each, oldest first.
+
+        CorruptStoreError where it cannot be said which there are.
+        """
         with self._snapshot() as transaction:
             ids, locations = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
             for key, value in transaction.cursor(db=self._directory):
-                members = self._members(bytes(key), bytes(value))
+                try:
+                    members = self._members(bytes(key), bytes(value))
+                except CorruptBlockError as error:
+                    raise self._damaged(error) from None
                 live = np.flatnonzero(members >= 0)
                 ids.append(members[live])
                 locations.append(int.from_bytes(key, "big") << INDEX_BITS | live)
@@ -269,6 +277,47 @@ class DiskTier:
                 )
                 frame = bytes(frame_at(pack, 4 * (location & ((1 << INDEX_BITS) - 1))))
             yield block, frame
+
+    def adopt(self, tables: Mapping[bytes, Entries], data: mmap.mmap) -> list[str]:
+        """Take in, while empty, what was read of another file; return what was not taken, in words.
+
+        tables: entries by the name of their table, sorted; data: of the file. Packs are taken with
+        their directories; whether their frames and the records are whole says who reads them.
+        """
+        told: list[str] = []
+        packs = {key: (at, size) for key, at, size in tables.get(b"packs", [])}
+        taken: list[tuple[bytes, bytes]] = []
+        for key, at, size in tables.get(b"directory", []):
+            value = data[at : at + size]
+            try:
+                members = self._members(key, value)
+            except CorruptBlockError as error:
+                told.append(str(error))
+                continue
+            if key in packs and len(key) == 8:
+                taken.append((key, value))
+                self._blocks += int((members >= 0).sum())
+                self._next_pack = int.from_bytes(key, "big") + 1
+        if lost := len(packs) - len(taken):
+            told.append(f"{lost} packs of blocks have no directory any more")
+        puts = [(self._records, key, at, size) for key, at, size in tables.get(b"records", [])]
+        puts += [(self._packs, key, *packs[key]) for key, _ in taken]
+        with self._operation(), self._changing:
+            for start in range(0, len(puts), _ADOPTED):
+                some = puts[start : start + _ADOPTED]
+
+                def change(transaction: lmdb.Transaction, some: Any = some) -> None:
+                    for table, key, at, size in some:
+                        transaction.put(key, data[at : at + size], db=table)
+
+                self._commit(change)
+
+            def name_them(transaction: lmdb.Transaction) -> None:
+                for key, value in taken:
+                    transaction.put(key, value, db=self._directory)
+
+            self._commit(name_them)
+        return told
 
     # Small records
 
@@ -447,15 +496,19 @@ class DiskTier:
     def _check_format(self, transaction: lmdb.Transaction) -> None:
         """Compare the file's format with this one, or record it in a new file."""
         wanted = {"format": FORMAT_VERSION, "planes": self._codec.description}
-        value = _held(transaction, _FORMAT_KEY)
+        value = _held(transaction, FORMAT_KEY)
         if not value:
             if transaction.stat()["entries"] or self._read_only:
                 raise ValueError(f"{self.directory} holds an LMDB file that is no store")
-            transaction.put(_FORMAT_KEY, _seal(_FORMAT_KEY, json.dumps(wanted).encode()))
+            transaction.put(FORMAT_KEY, _seal(FORMAT_KEY, json.dumps(wanted).encode()))
             self._next_pack = self._blocks = 0
             transaction.put(_COUNTERS_KEY, self._counters())
             return
-        found = json.loads(_unseal(_FORMAT_KEY, value, f"the store in {self.directory}"))
+        try:
+            found = json.loads(_unseal(FORMAT_KEY, value, "its format"))
+            counters = _unseal(_COUNTERS_KEY, _held(transaction, _COUNTERS_KEY), "its counters")
+        except CorruptBlockError as error:
+            raise self._damaged(error) from None
         if found.get("format") != FORMAT_VERSION:
             raise ValueError(
                 f"{self.directory} holds a store of format {found.get('format')}, this program "
@@ -466,10 +519,7 @@ class DiskTier:
                 f"{self.directory} holds blocks of {found.get('planes')}, not of "
                 f"{wanted['planes']}: use another directory"
             )
-        value = _held(transaction, _COUNTERS_KEY)
-        self._next_pack, self._blocks = struct.unpack(
-            "<QQ", _unseal(_COUNTERS_KEY, value, f"the store in {self.directory}")
-        )
+        self._next_pack, self._blocks = struct.unpack("<QQ", counters)
 
     # Changing
 
@@ -764,6 +814,12 @@ class DiskTier:
 
 def _int64(ids: Ids) -> bytes:
     return ids.astype("<i8").tobytes()
+
+
+def planes_of(value: bytes) -> str:
+    """Return what a file's format record says of its blocks; CorruptBlockError if it is damaged."""
+    planes: str = json.loads(_unseal(FORMAT_KEY, value, "its format"))["planes"]
+    return planes
 
 
 def _key(number: int) -> bytes:

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
 import torch
 import xxhash
 
 from kvstore.block import BlockSpec, Plane
-from kvstore.errors import CorruptBlockError
+from kvstore.errors import CorruptStoreError
 
 FORMAT = 1
 NAME = "spec.json"
+
+_SHORT = re.compile(r"(.+):(\w+)\[([\d,]+)\]")
 
 
 def write_spec(directory: Path, spec: BlockSpec) -> None:
@@ -47,16 +50,16 @@ def write_spec(directory: Path, spec: BlockSpec) -> None:
 
 
 def read_spec(directory: Path) -> BlockSpec:
-    """Read it back. ValueError where there is none, CorruptBlockError where it is damaged."""
+    """Read it back. ValueError where there is none, CorruptStoreError where it is damaged."""
     path = directory / NAME
     try:
         checksum, text = path.read_text().splitlines()
     except OSError as error:
         raise ValueError(f"{directory} holds no store: {NAME}: {error.strerror}") from None
     except ValueError:
-        raise CorruptBlockError(f"{path} is damaged: it has not two lines") from None
+        raise CorruptStoreError(f"{path} is damaged: it has not two lines") from None
     if checksum != _checksum(text):
-        raise CorruptBlockError(f"{path} is damaged: its checksum does not match")
+        raise CorruptStoreError(f"{path} is damaged: its checksum does not match")
     found = json.loads(text)
     if found["format"] != FORMAT:
         raise ValueError(f"{path} is of format {found['format']}, this program reads {FORMAT}")
@@ -64,6 +67,18 @@ def read_spec(directory: Path) -> BlockSpec:
         tuple(
             Plane(plane["name"], tuple(plane["shape"]), _dtype(plane["dtype"]))
             for plane in found["planes"]
+        )
+    )
+
+
+def described(planes: str) -> BlockSpec:
+    """Read the short form of a specification, as a frame's checksum has it (docs/format.md)."""
+    found = (_SHORT.fullmatch(plane) for plane in planes.split(" "))
+    return BlockSpec(
+        tuple(
+            Plane(match[1], tuple(map(int, match[3].split(","))), _dtype(match[2]))
+            for match in found
+            if match is not None
         )
     )
 

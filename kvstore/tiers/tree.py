@@ -1,4 +1,4 @@
-"""Whether the pages of an LMDB file make sense, read without LMDB.
+"""Whether the pages of an LMDB file make sense, and what can be read of them, without LMDB.
 
 LMDB trusts its pages: a damaged one can kill whoever reads it, or have the next write destroy what
 is whole. So a store's file is looked at before LMDB follows it: every branch and leaf, the heads of
@@ -30,6 +30,10 @@ _table = struct.Struct(
 _node = struct.Struct("<HHHH").unpack_from  # size or page: low, high; flags or page: top; key size
 _number = struct.Struct("<Q").unpack_from
 _END_OF_META = _HEAD + 24 + 2 * _table.size + 16
+
+
+Entries = list[tuple[bytes, int, int]]
+"""Of a table: each key, where its value begins in the file, and its size."""
 
 
 class _Damage(Exception):
@@ -69,58 +73,93 @@ def fault_of(path: Path, transaction: int | None = None) -> str | None:
     return None
 
 
-class _Tree:
-    """The pages of a file, of which each is seen at most once."""
+def readable(data: mmap.mmap) -> tuple[dict[bytes, Entries], list[str]]:
+    """Return what can be read of a damaged file: the entries of its tables, and what cannot, why.
 
-    def __init__(self, data: mmap.mmap, transaction: int | None) -> None:
+    data: of the file, while nobody writes. The table without a name has the name b"". An entry is
+    one of the last commit whose tables can be found, but nothing says that its value is whole.
+    """
+    lost: list[str] = []
+    for transaction in _transactions(data):
+        try:
+            tree = _Tree(data, transaction, lost)
+        except _Damage as damage:
+            lost.append(str(damage))
+            continue
+        main: Entries = []
+        tables: list[tuple[bytes, int, int]] = []
+        tree.walk(tree.meta.main, entries=main, tables=tables)
+        if not tables:
+            continue
+        found = {b"": sorted(main)}
+        for name, at, _ in tables:
+            entries: Entries = []
+            tree.walk(_Table(*_table.unpack_from(data, at)), entries=entries)
+            found[name] = sorted(entries)
+        return found, lost
+    return {}, lost
+
+
+def _transactions(data: mmap.mmap) -> list[int]:
+    """Return the numbers of the last two commits, the last one first, as far as can be read."""
+    first = _meta_at(data, 0)
+    metas = [first, _meta_at(data, first.page_size if first else 4096)]
+    return sorted((meta.transaction for meta in metas if meta), reverse=True)
+
+
+def _meta_at(data: mmap.mmap, start: int) -> _Meta | None:
+    if len(data) < start + _END_OF_META:
+        return None
+    if not _head(data, start)[2] & _META or _meta(data, start + _HEAD)[:2] != (_MAGIC, _VERSION):
+        return None
+    at = start + _HEAD + 24
+    free, main = (_Table(*_table.unpack_from(data, at + i * _table.size)) for i in range(2))
+    last, transaction = struct.unpack_from("<QQ", data, at + 2 * _table.size)
+    size = free.page_size
+    if size < 512 or size & (size - 1) or size > 65536:
+        return None
+    return _Meta(size, free, main, last, transaction)
+
+
+class _Tree:
+    """The pages of a file, of which each is seen at most once.
+
+    lost: takes what makes no sense, which is then left out; None: it raises _Damage.
+    """
+
+    def __init__(
+        self, data: mmap.mmap, transaction: int | None, lost: list[str] | None = None
+    ) -> None:
         self._data = data
-        first = self._meta(0)
-        size = first.page_size if first else 4096
-        metas = [meta for meta in (first, self._meta(size)) if meta]
-        if transaction is not None:
-            metas = [meta for meta in metas if meta.transaction == transaction]
-        if not metas:
+        self._lost = lost
+        first = _meta_at(data, 0)
+        metas = [first, _meta_at(data, first.page_size if first else 4096)]
+        found = [meta for meta in metas if meta and transaction in (None, meta.transaction)]
+        if not found:
             raise _Damage("no page says where its tree begins")
-        self._meta_page = max(metas, key=lambda meta: meta.transaction)
-        self._size = self._meta_page.page_size
-        pages = min(self._meta_page.last + 1, len(data) // self._size)
-        if self._meta_page.last >= pages:
-            raise _Damage(f"it has {pages} pages of {self._meta_page.last + 1}")
+        self.meta = max(found, key=lambda meta: meta.transaction)
+        self._size = self.meta.page_size
+        pages = min(self.meta.last + 1, len(data) // self._size)
+        if self.meta.last >= pages:
+            self._complain(f"it has {pages} pages of {self.meta.last + 1}")
         self._seen = bytearray(pages)
         self._seen[:2] = b"\1\1"
-        self._values: list[tuple[bytes, int, int]] = []
 
-    def _meta(self, start: int) -> _Meta | None:
-        data = self._data
-        if len(data) < start + _END_OF_META:
-            return None
-        if not _head(data, start)[2] & _META or _meta(data, start + _HEAD)[:2] != (
-            _MAGIC,
-            _VERSION,
-        ):
-            return None
-        at = start + _HEAD + 24
-        free, main = (_Table(*_table.unpack_from(data, at + i * _table.size)) for i in range(2))
-        last, transaction = struct.unpack_from("<QQ", data, at + 2 * _table.size)
-        size = free.page_size
-        if size < 512 or size & (size - 1) or size > 65536:
-            return None
-        return _Meta(size, free, main, last, transaction)
+    def _complain(self, damage: _Damage | str) -> None:
+        if self._lost is None:
+            raise damage if isinstance(damage, _Damage) else _Damage(damage)
+        self._lost.append(str(damage))
 
     def check(self) -> None:
         """Raise _Damage at the first page that makes no sense."""
-        for at, size in self._tables(self._meta_page.main):
-            if size != _table.size:
-                raise _Damage("a table's record has another size")
-            self._walk(_Table(*_table.unpack_from(self._data, at)))
-        self._walk(self._meta_page.free, numbers=True)
-        for _, at, size in self._values:
+        tables: Entries = []
+        self.walk(self.meta.main, tables=tables)
+        for _, at, _ in tables:
+            self.walk(_Table(*_table.unpack_from(self._data, at)))
+        free: Entries = []
+        self.walk(self.meta.free, entries=free, numbers=True)
+        for _, at, size in free:
             self._free_pages(at, size)
-
-    def _tables(self, main: _Table) -> list[tuple[int, int]]:
-        found: list[tuple[int, int]] = []
-        self._walk(main, tables=found)
-        return found
 
     def _free_pages(self, at: int, size: int) -> None:
         """A list of free pages: their count, then their numbers, none of which is in use."""
@@ -134,54 +173,83 @@ class _Tree:
             if page < len(self._seen):
                 self._seen[page] = 1
 
-    def _walk(
+    def walk(
         self,
         table: _Table,
-        tables: list[tuple[int, int]] | None = None,
+        entries: Entries | None = None,
+        tables: Entries | None = None,
         numbers: bool = False,
     ) -> None:
-        """Look at one table. tables: takes where the records of others lie; numbers: of free pages,
-        whose keys are numbers."""
+        """Look at one table. entries: takes what it has; tables: takes where the records of others
+        lie; numbers: of free pages, whose keys are numbers."""
         counts = [0, 0, 0, 0]  # branches, leaves, overflow pages, entries
         todo: list[tuple[int, int, bytes | None, bytes | None]] = []
         if table.root != _NOTHING:
             todo.append((table.root, 1, None, None))
         while todo:
             page, depth, low, high = todo.pop()
-            flags, nodes = self._nodes(page)
-            keys = [key for key, *_ in nodes]
+            try:
+                flags, nodes = self._page(page, depth, table.depth, low, high, numbers)
+            except _Damage as damage:
+                self._complain(damage)
+                continue
             if flags == _BRANCH:
                 counts[0] += 1
-                keys[0] = low if low is not None else b""
-                if len(nodes) < 2 or depth >= table.depth:
-                    raise _Damage(f"page {page} is a branch out of place")
-            else:
-                counts[1] += 1
-                counts[3] += len(nodes)
-                if depth != table.depth:
-                    raise _Damage(f"page {page} is a leaf out of place")
-            self._check_order(page, flags, keys, low, high, numbers)
-            for i, (_, at, size, kind) in enumerate(nodes):
-                if flags == _BRANCH:
-                    above = keys[i + 1] if i + 1 < len(keys) else high
-                    todo.append((size, depth + 1, keys[i] if i else low, above))
+                keys = [low, *(key for key, *_ in nodes[1:]), high]
+                for i, (_, _, below, _) in enumerate(nodes):
+                    todo.append((below, depth + 1, keys[i], keys[i + 1]))
+                continue
+            counts[1] += 1
+            for key, at, size, kind in nodes:
+                try:
+                    at, pages = self._entry(page, at, size, kind, tables is not None)
+                except _Damage as damage:
+                    self._complain(damage)
                     continue
-                if kind & _TABLE:
-                    if tables is None or kind != _TABLE:
-                        raise _Damage(f"page {page} has a table within a table")
-                    tables.append((at, size))
-                elif kind == _BIG:
-                    at, pages = self._large(page, at, size)
-                    counts[2] += pages
-                elif kind:
-                    raise _Damage(f"page {page} has an entry of an unknown kind")
-                if numbers:
-                    self._values.append((keys[i], at, size))
+                counts[2] += pages
+                counts[3] += 1
+                if kind == _TABLE:
+                    assert tables is not None
+                    tables.append((key, at, size))
+                elif entries is not None:
+                    entries.append((key, at, size))
         if counts != [table.branches, table.leaves, table.overflow, table.entries]:
-            raise _Damage(
+            self._complain(
                 f"a table has {counts[3]} entries in {sum(counts[:3])} pages, and says "
                 f"{table.entries} in {table.branches + table.leaves + table.overflow}"
             )
+
+    def _page(
+        self,
+        page: int,
+        depth: int,
+        depths: int,
+        low: bytes | None,
+        high: bytes | None,
+        numbers: bool,
+    ) -> tuple[int, list[tuple[bytes, int, int, int]]]:
+        """Return a page's kind and entries, which belong between two keys."""
+        flags, nodes = self._nodes(page)
+        if flags == _BRANCH and (len(nodes) < 2 or depth >= depths):
+            raise _Damage(f"page {page} is a branch out of place")
+        if flags == _LEAF and depth != depths:
+            raise _Damage(f"page {page} is a leaf out of place")
+        self._check_order(page, flags, [key for key, *_ in nodes], low, high, numbers)
+        return flags, nodes
+
+    def _entry(self, page: int, at: int, size: int, kind: int, tables: bool) -> tuple[int, int]:
+        """Return where an entry's value begins, and how many pages of its own it has."""
+        if kind & _TABLE:
+            if not tables or kind != _TABLE:
+                raise _Damage(f"page {page} has a table within a table")
+            if size != _table.size:
+                raise _Damage("a table's record has another size")
+            return at, 0
+        if kind == _BIG:
+            return self._large(page, at, size)
+        if kind:
+            raise _Damage(f"page {page} has an entry of an unknown kind")
+        return at, 0
 
     def _check_order(
         self,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from kvstore.config import DURABILITIES
+from kvstore.durability import DURABILITIES
 
 ROOT = Path(__file__).parents[2]
 

@@ -322,11 +322,11 @@ def look(
             steps = ((SavedContexts, "replace"), (SavedContexts, "sweep"), (DiskTier, "_commit"))
             owner, method = rng.choice(steps)
             die_within(owner, method, rng, most=3)
-        repair(store, found)
-        if verify(store).damaged:
-            result = "found, not all repaired"
-        for name in store.kept.names():
-            read(name)
+        if repair(store, found):
+            if verify(store).damaged:
+                result = "found, not all repaired"
+            for name in store.kept.names():
+                read(name)
         store.close(save=False)
     except KVStoreError as error:
         result = f"found, not repaired ({type(error).__name__})"

@@ -73,14 +73,13 @@ def read_spec(directory: Path) -> BlockSpec:
 
 def described(planes: str) -> BlockSpec:
     """Read the short form of a specification, as a frame's checksum has it (docs/format.md)."""
-    found = (_SHORT.fullmatch(plane) for plane in planes.split(" "))
-    return BlockSpec(
-        tuple(
-            Plane(match[1], tuple(map(int, match[3].split(","))), _dtype(match[2]))
-            for match in found
-            if match is not None
-        )
-    )
+    found = []
+    for plane in planes.split(" "):
+        match = _SHORT.fullmatch(plane)
+        if match is None:
+            raise CorruptStoreError(f"{planes!r} does not say what blocks look like")
+        found.append(Plane(match[1], tuple(map(int, match[3].split(","))), _dtype(match[2])))
+    return BlockSpec(tuple(found))
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -243,6 +243,72 @@ def test_damage_is_found_and_mended(
     assert keep("a", "--json").figures["reused_tokens"] == 8192
 
 
+def test_a_damaged_context_is_named_and_the_others_are_listed(
+    kvstore: Kvstore, keep: Kvstore, ask: Kvstore, store: Path
+) -> None:
+    keep("a")
+    kvstore("contexts", store, "fork", "a", "b")
+    from kvstore import Store, StoreConfig
+
+    with Store.open(store, StoreConfig(cold="64MiB", device="cpu")) as opened:
+        opened.put_record(b"context/a", b"{}")
+    ran = kvstore("contexts", store)
+    assert ran.code == 1
+    assert "b " in ran.out
+    assert ran.err.count("\n") == 1
+    assert "context 'a'" in ran.err
+    assert f"`kvstore verify {store}` says what is damaged, --repair mends it" in ran.err
+    ran = kvstore("contexts", store, "--json")
+    assert ran.code == 1
+    assert list(ran.figures["damaged"]) == ["a"]
+    assert [each["name"] for each in ran.figures["contexts"]] == ["b"]
+    assert kvstore("contexts", store, "rename", "b", "c").code == 0
+    assert "kvstore verify" in ask("a").err
+
+
+def test_a_file_with_a_damaged_structure_is_made_anew(
+    kvstore: Kvstore, keep: Kvstore, ask: Kvstore, store: Path
+) -> None:
+    keep("a")
+    answer = ask("a").figures["answer"]
+    path = store / "data.mdb"
+    raw = bytearray(path.read_bytes())
+    leaves = [
+        at
+        for at in range(8192, len(raw), 4096)
+        if raw[at + 10] in (1, 2) and int.from_bytes(raw[at : at + 8], "little") * 4096 == at
+    ]
+    mended = 0
+    for at in leaves:
+        broken = bytearray(raw)
+        broken[at + 12 : at + 20] = bytes(8)
+        path.write_bytes(broken)
+        ran = ask("a")
+        if ran.code == 0:
+            continue  # a page that is free
+        assert "is damaged: its tree" in ran.err
+        assert f"`kvstore verify {store}` says" in ran.err
+        assert kvstore("verify", store).code == 1
+        ran = kvstore("verify", store, "--repair")
+        if ran.code:
+            assert "nothing can be read" in ran.err
+            continue
+        mended += 1
+        assert "the damaged file is kept as" in ran.out
+        assert kvstore("verify", store).code == 0
+        ran = ask("a")
+        assert ran.code == 2 or ran.figures["answer"] == answer or ran.figures["tokens"] < 10_010
+    assert mended
+
+
+@pytest.mark.parametrize("mode", ["sync", "async", "none"])
+def test_any_durability_keeps(keep: Kvstore, ask: Kvstore, mode: str) -> None:
+    first = keep("a", *ASKED, "--durability", mode, "--json")
+    assert first.code == 0
+    assert ask("a", "--durability", mode).figures["answer"] == first.figures["answer"]
+    assert keep("b", "--durability", "always").code == 2
+
+
 def test_a_chat_asks_again_and_again(
     kvstore: Kvstore, keep: Kvstore, ask: Kvstore, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -27,7 +27,7 @@ from hypothesis.stateful import (
 )
 
 from kvstore.block import BlockSpec
-from kvstore.errors import CorruptBlockError, StoreClosedError, StoreFullError
+from kvstore.errors import CorruptBlockError, StoreClosedError, StoreFullError, WriteFailedError
 from kvstore.tiers.disk import DiskTier
 
 SPEC = BlockSpec.kv(16, 64)  # 4 KiB a block, about 2.9 KiB compressed
@@ -153,6 +153,65 @@ def test_everything_is_there_after_reopening(directory, durability):
     assert tier.meta_keys() == [b"context/a", b"context/b", b"other"]
     tier.put_meta({b"context/a": None, b"absent": None, b"new": b"1"})
     assert tier.meta_keys() == [b"context/b", b"new", b"other"]
+    tier.close()
+
+
+def test_the_map_grows_while_others_read(directory):
+    tier = DiskTier(directory, SPEC, 64 << 20)
+    first = tier._env.info()["map_size"]
+    locations = write(tier, range(50))
+    wrong, stop = [], threading.Event()
+
+    def reading():
+        while not stop.is_set():
+            try:
+                assert_stored(tier, range(50), locations)
+                assert tier.meta_keys() == []
+            except Exception as error:
+                wrong.append(error)
+                return
+
+    threads = [threading.Thread(target=reading) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for start in range(50, 4000, 50):
+        write(tier, range(start, start + 50))
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert first == 1 << 20
+    assert tier._env.info()["map_size"] == 16 << 20
+    tier.close()
+    tier = DiskTier(directory, SPEC, 64 << 20)
+    assert tier.block_count == 4000
+    assert_stored(tier, *tier.scan())
+    tier.close()
+
+
+def test_a_map_that_cannot_grow_is_a_named_error(directory, monkeypatch):
+    tier = DiskTier(directory, SPEC, 64 << 20)
+    locations = write(tier, range(50))
+
+    class Env:
+        """LMDB's environment where the system gives no more addresses."""
+
+        def __init__(self, env):
+            self.env = env
+
+        def __getattr__(self, name):
+            return getattr(self.env, name)
+
+        def set_mapsize(self, nbytes):
+            raise lmdb.Error("mmap: Cannot allocate memory")
+
+    real = tier._env
+    tier._env = Env(real)
+    with pytest.raises(WriteFailedError, match="Cannot allocate memory"):
+        write(tier, range(50, 4000))
+    tier._env = real
+    assert_stored(tier, range(50), locations)
+    write(tier, range(50, 4000))
     tier.close()
 
 

@@ -545,6 +545,9 @@ def test_a_reader_sees_the_store_as_it_was(make_store, tmp_path):
     store.kept.delete("a")
     keep(store, "b", 800, 7).context.close()
     keep(store, "a", 50, 8).context.close()
+    for i in range(3):  # beyond the map that the reader has
+        store.put_record(b"large", bytes(4 << 20))
+        keep(store, f"more {i}", 2000, i).context.close()
     ours.send("removed")
     assert ours.poll(60), "the reader says nothing"
     assert ours.recv() == "all as it was"

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from twin import LANDMARK, SIZE, Twin, reopened
 
 from kvstore import saved_contexts
+from kvstore.config import IndexConfig
 from kvstore.errors import CorruptBlockError, KVStoreError
 from kvstore.manifest import numbers_of
 from kvstore.tiers.tree import fault_of
@@ -191,6 +193,36 @@ def test_repair_finds_nothing_in_a_store_of_blocks_alone(make_store, tmp_path):
     repair(store, found)
     assert len(store) == 19
     assert store.fetch(np.delete(ids, 3))[0].shape == (19, *SPEC.planes[0].shape)
+
+
+def test_damaged_index_files_are_found_and_removed(make_store, tmp_path):
+    index = IndexConfig(kind="hnsw", segment=8)
+    store = make_store(tmp_path, index)
+    twin = Twin(store.context("a", streams=2, landmark_dim=LANDMARK))
+    twin.append([0, 1], 40 * SIZE, 0)
+    queries = torch.randn(2, 3, LANDMARK)
+    found = twin.context.search(slice(None), queries, 5)[0]
+    twin.context.close()
+    store = reopened(make_store, store)
+    assert verify(store).damaged == []
+    graphs = sorted((tmp_path / "index").glob("*.hnsw"))
+    assert len(graphs) == 4
+    raw = bytearray(graphs[0].read_bytes())
+    raw[len(raw) // 2] ^= 1
+    graphs[0].write_bytes(raw)
+    graphs[1].with_suffix(".sum").write_bytes(b"\xff")
+    (tmp_path / "index" / "left.1234").write_bytes(b"by a process that was killed")
+    findings = verify(store)
+    assert findings.graphs == graphs[:2]
+    assert len(findings.damaged) == 2
+    assert all("it is built anew" in done for done in repair(store, findings))
+    assert sorted((tmp_path / "index").glob("*.hnsw")) == graphs[2:]
+    assert verify(store).damaged == []
+    with store.context("a") as context:
+        assert torch.equal(context.search(slice(None), queries, 5)[0], found)
+    built = set((tmp_path / "index").glob("*.hnsw"))
+    assert set(graphs[2:]) < built <= set(graphs)
+    assert not (tmp_path / "index" / "left.1234").exists()
 
 
 # The tree

@@ -36,11 +36,11 @@ from rich.progress import track
 
 from bench.changes import SMALL, State
 from kvstore import KVStoreError, Store
-from kvstore.durability import DURABILITIES
 from kvstore.errors import CorruptStoreError
 from kvstore.index.graph_files import GraphFiles
 from kvstore.index.landmark_index import LandmarkIndex
 from kvstore.mover import Mover
+from kvstore.promises import DURABILITIES
 from kvstore.salvage import salvage
 from kvstore.saved_contexts import SavedContexts
 from kvstore.tiers import disk

@@ -29,7 +29,7 @@ from bench.tiers import keys_and_values
 from kvstore.block import BlockSpec
 from kvstore.codec import Codec
 from kvstore.config import StoreConfig
-from kvstore.durability import DURABILITIES
+from kvstore.promises import DURABILITIES
 from kvstore.store import Store
 from model import haystack
 

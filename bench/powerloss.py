@@ -36,7 +36,7 @@ from rich.progress import track
 
 from bench.changes import SMALL, State
 from kvstore import KVStoreError
-from kvstore.durability import DURABILITIES
+from kvstore.promises import DURABILITIES
 
 SECTOR = 512
 

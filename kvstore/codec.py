@@ -108,6 +108,7 @@ class Codec:
             + xxhash.xxh3_64_intdigest(self.description.encode()).to_bytes(8, "little")
             + struct.pack("<I", spec.nbytes)
         )
+        self.kind = self._common
         self._common_bytes = np.frombuffer(self._common, np.uint8)
         self._common_end = _ID_END + len(self._common)
         self.header_nbytes = self._common_end + 4
@@ -128,6 +129,10 @@ class Codec:
             payloads = self._splice(units) if only_top else self._stream(units)
             frames += self._assemble(ids[group], payloads)
         return frames
+
+    def kind_of(self, frame: Frame) -> bytes:
+        """Return what a frame says it is, unverified: the `kind` of the codec that made it."""
+        return bytes(frame[_ID_END : self._common_end])
 
     def decode(
         self,

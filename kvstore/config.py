@@ -16,8 +16,8 @@ from typing import Any, Generic, TypeVar, overload
 
 import torch
 
-from kvstore.durability import DURABILITIES
 from kvstore.policy import POLICIES, PolicyFactory
+from kvstore.promises import DURABILITIES, PRECISIONS
 
 Given = TypeVar("Given")
 Kept = TypeVar("Kept")
@@ -165,7 +165,10 @@ class StoreConfig:
     trace: file that records every access (see docs/trace.md); None: none.
     index: how landmarks are searched.
     durability: what a loss of power may take of a store that is kept: "sync", "async" or "none"
-        (see kvstore.durability); a temporary one is always "none".
+        (see kvstore.promises); a temporary one is always "none".
+    precision: of blocks on disk: "exact", "int8" or "int4" (see kvstore.promises). In fewer bits a
+        number is off by up to half of one of the 255 or 15 steps of its channel of keys, or of its
+        token in other planes: what comes back from disk differs from what memory had.
     read_only: open a store that is kept in `directory` beside the process that writes to it, if
         there is one. What is put stays in memory, and nothing is kept.
 
@@ -184,6 +187,7 @@ class StoreConfig:
     trace: Converted[str | PathLike[str] | None, Path | None] = Converted(_optional_path, None)
     index: IndexConfig = IndexConfig()
     durability: str = "sync"
+    precision: str = "exact"
     read_only: bool = False
 
     def __post_init__(self) -> None:
@@ -201,11 +205,12 @@ class StoreConfig:
                 + " or ".join(repr(name) for name in POLICIES)
                 + ", or a callable that makes a policy for a number of slots"
             )
-        if self.durability not in DURABILITIES:
-            raise ValueError(
-                f"durability: {self.durability!r} is not known; give "
-                + " or ".join(repr(name) for name in DURABILITIES)
-            )
+        for name, known in (("durability", DURABILITIES), ("precision", PRECISIONS)):
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"{name}: {getattr(self, name)!r} is not known; give "
+                    + " or ".join(repr(each) for each in known)
+                )
         _check_int("workers", self.workers, 1, 64)
         if not isinstance(self.index, IndexConfig):
             raise ValueError(f"index: {self.index!r} is not an IndexConfig")

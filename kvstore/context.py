@@ -103,14 +103,15 @@ class Context:
                 files = GraphFiles(place, writable=not store.config.read_only)
             self.index = LandmarkIndex(index, streams, landmark_dim, store.device, files)
             self._map = BlockMap(streams)
-            self._open = [
-                torch.zeros((streams, *plane.shape), dtype=plane.dtype, device=store.device)
-                for plane in store.spec.planes
-            ]
             self._filled = [0] * streams
             self._state = {}
             if manifest is not None:
                 self._restore(manifest, fingerprint)
+            else:
+                self._open = [
+                    torch.zeros((streams, *plane.shape), dtype=plane.dtype, device=store.device)
+                    for plane in store.spec.planes
+                ]
         self._key: str | int = next(_scratch) if name is None else name
         store.contexts[self._key] = self
 
@@ -313,6 +314,8 @@ class Context:
                 )
         self.fingerprint, self.info = manifest["fingerprint"], manifest["info"]
         self._note(manifest)
+        # Before anything is made as large as the manifest says: this is as large as it says.
+        rest = self.store.kept.rest(self.name, manifest)
         kept, counts = self.store.kept, np.asarray(manifest["counts"], np.int64)
         ids: list[list[NDArray[np.int64]]] = [[] for _ in counts]
         landmarks: list[list[torch.Tensor]] = [[] for _ in counts]
@@ -327,9 +330,8 @@ class Context:
                 of_stream.clear()
         parts = [part for numbers in ids for part in numbers]
         self._map = BlockMap.load(counts, np.concatenate([np.empty(0, np.int64), *parts]))
-        device = self._open[0].device
-        rest = kept.rest(self.name, manifest)
-        self._open = [rest[f"open.{i}"].to(device) for i in range(len(self._open))]
+        device, planes = self.store.device, self.store.spec.planes
+        self._open = [rest[f"open.{i}"].to(device) for i in range(len(planes))]
         self._filled = list(manifest["filled"])
         self._state = {
             name: tensor.to(device) if name in manifest["on_device"] else tensor

@@ -70,6 +70,8 @@ def check_manifest(manifest: Manifest, spec: BlockSpec) -> None:
             raise ValueError("what its owner keeps is not there")
         if not all(_whole(number, 0, MOST_BLOCKS) for number in save["rest"]):
             raise ValueError("its rest is not numbers")
+        if len(set(save["rest"])) < len(save["rest"]):
+            raise ValueError("its rest names a piece twice")
     if not isinstance(manifest["created"], float):
         raise ValueError("it does not say when it was made")
     last = [0] * streams

@@ -173,12 +173,13 @@ class SavedContexts:
                     continue
                 # One that was gone back from may hold more.
                 ids, landmarks = (
-                    tensors.get(f"{kind}.{s}", torch.empty(0))[: b - a]
+                    torch.atleast_1d(tensors.get(f"{kind}.{s}", torch.empty(0)))[: b - a]
                     for kind in ("ids", "landmarks")
                 )
                 right = ids.dtype == torch.int64 and landmarks.dtype == torch.float32
                 shapes = (b - a,), (b - a, manifest["landmark_dim"])
-                if not right or (tuple(ids.shape), tuple(landmarks.shape)) != shapes:
+                right = right and (tuple(ids.shape), tuple(landmarks.shape)) == shapes
+                if not right or ids.min() < 0 or not landmarks.isfinite().all():
                     raise CorruptBlockError(
                         f"context {name!r}: piece {piece['number']} is not blocks {a} to {b} of "
                         f"stream {s}"

@@ -27,6 +27,7 @@ from kvstore.check import check_mover
 from kvstore.config import StoreConfig, format_size
 from kvstore.errors import (
     CorruptBlockError,
+    CorruptStoreError,
     KVStoreError,
     StoreClosedError,
     StoreFullError,
@@ -40,7 +41,7 @@ from kvstore.recorder import Recorder
 from kvstore.residency import ABSENT, COLD, WARM, Ids
 from kvstore.stats import StoreStats
 from kvstore.tiers.disk import DiskTier
-from kvstore.tiers.spec_file import read_spec, write_spec
+from kvstore.tiers.spec_file import NAME, read_spec, write_spec
 from kvstore.trace import TraceWriter
 from kvstore.waves import cut_waves
 from kvstore.writer import Writer
@@ -337,9 +338,12 @@ class Store:
         return found
 
     def disk_bytes(self, ids: Ids) -> int:
-        """Bytes that blocks take on disk, compressed. ids: int64 [n], each of a block."""
+        """Bytes that blocks take on disk, compressed. ids: int64 [n]; KeyError for one of none."""
         self._enter()
-        locations = self._mover.residency.cold[ids]
+        table = self._mover.residency.cold
+        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < len(table):
+            raise KeyError(f"no block has the id {int(ids.max())}")
+        locations = table[ids]
         return 0 if self._disk is None else self._disk.frame_bytes(locations[locations >= 0])
 
     def put_record(self, key: bytes, value: bytes | None) -> None:
@@ -520,11 +524,14 @@ def _open_disk(spec: BlockSpec, config: StoreConfig, stack: ExitStack) -> DiskTi
     if directory is None:
         directory = Path(tempfile.mkdtemp(prefix="kvstore-"))
         stack.callback(shutil.rmtree, directory, ignore_errors=True)
+    if config.directory is not None and (config.directory / NAME).exists():
+        _require_file(config.directory)
     disk = DiskTier(
         directory,
         spec,
         config.cold,
         # What is temporary would not survive a loss of power anyway.
+        precision=config.precision,
         durability="none" if config.directory is None else config.durability,
         read_only=config.read_only,
     )
@@ -532,6 +539,15 @@ def _open_disk(spec: BlockSpec, config: StoreConfig, stack: ExitStack) -> DiskTi
     if config.directory is not None and not config.read_only:
         write_spec(directory, spec)
     return disk
+
+
+def _require_file(directory: Path) -> None:
+    """Refuse a kept store without its file: LMDB would begin a new one."""
+    path = directory / "data.mdb"
+    if not path.exists() or not path.stat().st_size:
+        raise CorruptStoreError(
+            f"the store in {directory} is damaged: {path.name} is gone or empty"
+        )
 
 
 def _open_trace(spec: BlockSpec, config: StoreConfig, stack: ExitStack) -> TraceWriter | None:

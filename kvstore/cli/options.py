@@ -9,8 +9,8 @@ import argparse
 from typing import TYPE_CHECKING
 
 from kvstore.cli.usage import number, share, text, whole, words
-from kvstore.durability import DURABILITIES
 from kvstore.policy import POLICIES
+from kvstore.promises import DURABILITIES, PRECISIONS
 
 if TYPE_CHECKING:
     from kvstore.config import StoreConfig
@@ -62,6 +62,15 @@ def add_store(parser: argparse.ArgumentParser, *, hot: str, warm: str) -> None:
         "--warm", metavar="SIZE", default=warm, help=f"host memory (default: {warm})"
     )
     add_cold(store)
+    store.add_argument(
+        "--precision",
+        choices=tuple(PRECISIONS),
+        default="exact",
+        help="how blocks are written to disk: "
+        + "; ".join(f"{name}: {promise}" for name, promise in PRECISIONS.items())
+        + " (default: exact)",
+        metavar="HOW",
+    )
     store.add_argument(
         "--policy",
         choices=tuple(POLICIES),
@@ -185,6 +194,7 @@ def store_config(args: argparse.Namespace) -> StoreConfig:
         directory=args.store,
         device=args.device,
         policy=args.policy,
+        precision=args.precision,
         durability=getattr(args, "durability", "sync"),
         trace=args.trace,
         index=IndexConfig(kind=getattr(args, "index", "auto")),

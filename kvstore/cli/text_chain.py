@@ -37,9 +37,15 @@ class TextChain:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> TextChain:
-        """Read what `to_json` gave."""
-        digest, tail = (bytes.fromhex(values[key]) for key in ("digest", "tail"))
-        return cls(int(values["tokens"]), digest, tail)
+        """Read what `to_json` gave; ValueError for anything else."""
+        try:
+            tokens = values["tokens"]
+            digest, tail = (bytes.fromhex(values[key]) for key in ("digest", "tail"))
+            if type(tokens) is not int or tokens < 0 or len(tail) != tokens % PAGE:
+                raise ValueError(f"{tokens!r} tokens with {len(tail)} left over")
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"the chain of what was read makes no sense: {error}") from None
+        return cls(tokens, digest, tail)
 
 
 class TextDigests:

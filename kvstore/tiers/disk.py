@@ -25,7 +25,7 @@ import numpy.typing as npt
 import xxhash
 
 from kvstore.block import BlockSpec
-from kvstore.codec import Bytes2D, Codec, Ids
+from kvstore.codec import Bytes2D, Ids
 from kvstore.errors import (
     CorruptBlockError,
     CorruptStoreError,
@@ -33,6 +33,7 @@ from kvstore.errors import (
     StoreFullError,
     WriteFailedError,
 )
+from kvstore.mixed_codec import MixedCodec
 from kvstore.tiers import lock
 from kvstore.tiers.pack import (
     INDEX_BITS,
@@ -73,6 +74,7 @@ _RECLAIMED_PAGES = 16  # copied in one transaction
 # enough of them that do not lie side by side.
 _RETRIED_PACK_BYTES = (_PACK_BYTES, _PACK_BYTES, _PACK_BYTES // 4, 1)
 _READ_PATIENCE_SECONDS = 2.0
+_MOST_UNWRITTEN_PAGES = 1024
 _ADOPTED = 64  # values, in one transaction
 _TRIES = 100  # to look at a tree between two commits of another process
 
@@ -98,6 +100,7 @@ class DiskTier:
         capacity_bytes: int,
         *,
         durability: str = "none",
+        precision: str = "exact",
         read_only: bool = False,
     ) -> None:
         """Open the tier in `directory`, made if it is not there.
@@ -105,14 +108,15 @@ class DiskTier:
         capacity_bytes: what its files may take together, at every moment. durability: what a loss
         of power may take. "sync": nothing, each change is on the disk when it returns. "async": the
         last change, never more and never a part. "none": the whole file, until it is closed.
-        read_only: as it is now, beside another process that may go on writing; the pages that this
-        sees stay in use until it is closed, and the capacity is the writer's.
+        precision: how blocks are written, see `kvstore.promises`; those that are there are read
+        whatever theirs. read_only: as it is now, beside another process that may go on writing; the
+        pages that this sees stay in use until it is closed, and the capacity is the writer's.
 
         Raises ValueError where the directory cannot be used, belongs to another process, or holds
         another format or specification, or where `capacity_bytes` is too small; CorruptBlockError
         where the file is damaged.
         """
-        self._codec = Codec(spec)
+        self._codec = MixedCodec(spec, precision)
         self.directory = Path(directory)
         self.capacity_bytes = int(capacity_bytes)
         self._page = os.sysconf("SC_PAGE_SIZE")
@@ -346,8 +350,8 @@ class DiskTier:
     def get_meta(self, key: bytes) -> bytes | None:
         """Return a record, or None. A damaged one raises CorruptBlockError naming its key."""
         with self._snapshot(buffers=True) as transaction:
-            value = memoryview(transaction.get(key, b"", db=self._records))
-            return _unseal(key, value, f"record {key!r}") if value else None
+            value = transaction.get(key, db=self._records)
+            return None if value is None else _unseal(key, value, f"record {key!r}")
 
     def meta_keys(self, prefix: bytes = b"") -> list[bytes]:
         """Return the keys that begin with `prefix`, sorted."""
@@ -402,7 +406,9 @@ class DiskTier:
         lock_bytes = 2 * self._page
         self._most_pages = (self.capacity_bytes - lock_bytes) // self._page
         self._writable_pages = self._most_pages - _RESERVED_PAGES - self._most_pages // 256
-        block = self._pages_of(self._codec.header_nbytes + self._codec.spec.nbytes + 1024) + 16
+        block = (
+            self._pages_of(self._codec.exact.header_nbytes + self._codec.spec.nbytes + 1024) + 16
+        )
         if self._writable_pages < block:
             least = (block + _RESERVED_PAGES + 2) * 257 // 256 * self._page + lock_bytes
             raise ValueError(
@@ -485,17 +491,19 @@ class DiskTier:
         raise self._damaged(f"its tree: {fault}")
 
     def _fill_short_file(self, path: Path) -> None:
-        """Give a file that was cut short its length again.
+        """Give a file its last pages if they are not there: LMDB does not write those it frees.
 
         Reading a mapped page that is not there would kill the process; one of zeros is refused.
         """
-        needed = (self._env.info()["last_pgno"] + 1) * self._page
-        if path.stat().st_size < needed:
-            os.truncate(path, needed)
+        pages, there = self._env.info()["last_pgno"] + 1, path.stat().st_size // self._page
+        if pages > min(there + _MOST_UNWRITTEN_PAGES, self._most_pages):
+            raise self._damaged(f"its tree: it has {there} pages of {pages}")
+        if there < pages:
+            os.truncate(path, pages * self._page)
 
     def _check_format(self, transaction: lmdb.Transaction) -> None:
         """Compare the file's format with this one, or record it in a new file."""
-        wanted = {"format": FORMAT_VERSION, "planes": self._codec.description}
+        wanted = {"format": FORMAT_VERSION, "planes": self._codec.exact.description}
         value = _held(transaction, FORMAT_KEY)
         if not value:
             if transaction.stat()["entries"] or self._read_only:
@@ -506,8 +514,13 @@ class DiskTier:
             return
         try:
             found = json.loads(_unseal(FORMAT_KEY, value, "its format"))
-            counters = _unseal(_COUNTERS_KEY, _held(transaction, _COUNTERS_KEY), "its counters")
-        except CorruptBlockError as error:
+            counters = struct.unpack(
+                "<QQ",
+                _unseal(_COUNTERS_KEY, _held(transaction, _COUNTERS_KEY), "its counters"),
+            )
+            if not isinstance(found, dict):
+                raise ValueError("its format is no object")
+        except (CorruptBlockError, ValueError, RecursionError, struct.error) as error:
             raise self._damaged(error) from None
         if found.get("format") != FORMAT_VERSION:
             raise ValueError(
@@ -519,7 +532,7 @@ class DiskTier:
                 f"{self.directory} holds blocks of {found.get('planes')}, not of "
                 f"{wanted['planes']}: use another directory"
             )
-        self._next_pack, self._blocks = struct.unpack("<QQ", counters)
+        self._next_pack, self._blocks = counters
 
     # Changing
 
@@ -784,7 +797,10 @@ class DiskTier:
 
     def _members(self, key: bytes, value: bytes) -> npt.NDArray[np.int64]:
         name = f"the directory of pack {int.from_bytes(key, 'big')}"
-        return np.frombuffer(_unseal(key, value, name), "<i8").astype(np.int64)
+        payload = _unseal(key, value, name)
+        if len(payload) % 8:
+            raise CorruptBlockError(f"{name} is damaged: it has {len(payload)} B")
+        return np.frombuffer(payload, "<i8").astype(np.int64)
 
     def _missing(
         self,

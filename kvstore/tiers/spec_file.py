@@ -60,15 +60,19 @@ def read_spec(directory: Path) -> BlockSpec:
         raise CorruptStoreError(f"{path} is damaged: it has not two lines") from None
     if checksum != _checksum(text):
         raise CorruptStoreError(f"{path} is damaged: its checksum does not match")
-    found = json.loads(text)
-    if found["format"] != FORMAT:
-        raise ValueError(f"{path} is of format {found['format']}, this program reads {FORMAT}")
-    return BlockSpec(
-        tuple(
-            Plane(plane["name"], tuple(plane["shape"]), _dtype(plane["dtype"]))
-            for plane in found["planes"]
-        )
-    )
+    try:
+        found = json.loads(text)
+        version = found["format"]
+        if version == FORMAT:
+            return BlockSpec(
+                tuple(
+                    Plane(plane["name"], tuple(plane["shape"]), _dtype(plane["dtype"]))
+                    for plane in found["planes"]
+                )
+            )
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise CorruptStoreError(f"{path} makes no sense: {error}") from None
+    raise ValueError(f"{path} is of format {version}, this program reads {FORMAT}")
 
 
 def described(planes: str) -> BlockSpec:

@@ -97,7 +97,7 @@ def readable(data: mmap.mmap) -> tuple[dict[bytes, Entries], list[str]]:
             tree.walk(_Table(*_table.unpack_from(data, at)), entries=entries)
             found[name] = sorted(entries)
         return found, lost
-    return {}, lost
+    return {}, lost or ["no page says where its tree begins"]
 
 
 def _transactions(data: mmap.mmap) -> list[int]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from kvstore.durability import DURABILITIES
+from kvstore.promises import DURABILITIES
 
 ROOT = Path(__file__).parents[2]
 

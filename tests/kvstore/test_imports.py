@@ -48,7 +48,8 @@ def test_only_the_command_line_knows_the_model():
 
 def test_only_the_command_line_knows_the_command_line():
     found = importers("kvstore.cli", "kvstore", "model", "bench")
-    assert all(path.startswith("kvstore/cli/") for path in found)
+    # But the bench that feeds nonsense to all that is read from disk.
+    assert all(path.startswith(("kvstore/cli/", "bench/fuzz")) for path in found)
 
 
 def test_nothing_imports_the_benches_or_tests():
@@ -70,9 +71,11 @@ def test_nothing_is_pickled():
 def test_imports_within_the_store_point_one_way():
     """Each file imports only from what stands before it."""
     layers = [
-        ["errors", "block", "durability", "heap"],
+        ["errors", "block", "promises", "heap"],
         ["policy", "trace", "stats"],
         ["config", "codec"],
+        ["quantize"],
+        ["mixed_codec"],
         ["tiers", "manifest"],
         ["residency", "streams"],
         ["index", "occupancy", "recorder", "jobs", "waves"],

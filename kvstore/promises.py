@@ -1,0 +1,15 @@
+"""What can be asked of a store for what it keeps. Owns the names; light to import."""
+
+DURABILITIES = {
+    "sync": "what a save has acknowledged survives a loss of power",
+    "async": "a loss of power may take the last save, whole, and nothing before it",
+    "none": "a loss of power may take everything: for scratch",
+}
+"""Each with what it promises. A process that is killed loses nothing by any of them."""
+
+PRECISIONS = {
+    "exact": "blocks come back from disk bit for bit",
+    "int8": "with 8 bits a number: about half the disk",
+    "int4": "with 4 bits a number: about a third of it",
+}
+"""Of blocks on disk. All are compressed, checksummed and verified alike."""

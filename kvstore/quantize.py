@@ -74,7 +74,7 @@ class Quantizer:
             axis = self._axis(plane)
             low = _round_down(x.min(axis=axis, keepdims=True))
             step = _round_up((x.max(axis=axis, keepdims=True) - low) / self._levels)
-            x = (x - low) / np.where(step > 0, step, np.float32(1))
+            x = ((x - low) / np.where(step > 0, step, 1)).astype(np.float32)
             q = np.clip(np.rint(x), 0, self._levels).astype(np.uint8).reshape(len(raw), -1)
             if self._bits == 4:
                 q = np.pad(q, ((0, 0), (0, q.shape[1] % 2)))
@@ -130,7 +130,7 @@ def _narrow(x: Floats, n: int, dtype: torch.dtype = torch.bfloat16) -> Bytes2D:
     """float32 [n, ...] -> uint8 [n, nbytes] of a dtype, rounded to the nearest."""
     x = np.ascontiguousarray(x, np.float32).reshape(n, -1)
     if dtype != torch.bfloat16:
-        most = torch.finfo(dtype).max
+        most = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
         return x.clip(-most, most).astype(_NUMPY[dtype]).view(np.uint8)
     bits = x.view(np.uint32)
     # Half to even; what overflows so would be infinite, and was finite before.

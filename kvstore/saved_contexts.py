@@ -173,7 +173,7 @@ class SavedContexts:
                     continue
                 # One that was gone back from may hold more.
                 ids, landmarks = (
-                    torch.atleast_1d(tensors.get(f"{kind}.{s}", torch.empty(0)))[: b - a]
+                    _first(tensors.get(f"{kind}.{s}", torch.empty(0)), b - a)
                     for kind in ("ids", "landmarks")
                 )
                 right = ids.dtype == torch.int64 and landmarks.dtype == torch.float32
@@ -387,6 +387,10 @@ def _number(key: bytes) -> int | None:
     """Return which piece a key is of; None if it is no key that `_piece_key` makes."""
     digits = key[len(_PIECE) :]
     return int(digits) if digits.isdigit() and _piece_key(int(digits)) == key else None
+
+
+def _first(tensor: torch.Tensor, n: int) -> torch.Tensor:
+    return tensor[:n] if tensor.dim() else tensor
 
 
 def _piece_key(number: int) -> bytes:

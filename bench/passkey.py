@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from bench.reading import interval, reading
+from bench.reading import SHARES, interval, reading
 from model import checkpoint, haystack
 from model.data import QUESTIONS, needle, read_text
 from model.generate import Sampling, generate, prefill
@@ -44,7 +44,8 @@ PHRASES: dict[str, tuple[Callable[[int], str], str]] = {
 
 @dataclass(frozen=True)
 class Job:
-    """One reading: which filler, how long, which seed, how the needle is put and asked."""
+    """One reading: which filler, how long, which seed, how the needle is put and asked; and hot and
+    warm as shares of the cache, and how blocks lie on disk."""
 
     model: str
     corpus: str | None
@@ -53,6 +54,8 @@ class Job:
     tokens: int
     seed: int
     controls: bool
+    shares: tuple[float, float] = SHARES
+    precision: str = "exact"
 
 
 def fillers(corpus: str | None) -> dict[str, Callable[[int, int], bytes]]:
@@ -84,7 +87,7 @@ def read_once(job: Job) -> dict[str, Any]:
     )
     sampling = Sampling(max_new_tokens=8, stop=(".", ","))
     began = time.perf_counter()
-    with reading(model, job.tokens) as stream:
+    with reading(model, job.tokens, job.shares, precision=job.precision) as stream:
         prefill(stream, hay.text)
         seconds = time.perf_counter() - began
         ways = {"retrieval": stream.retrieval}

@@ -38,7 +38,8 @@ from model.transformer import Transformer
 
 @dataclass(frozen=True)
 class Job:
-    """One target: `score` bytes from `place` on, behind length - score others."""
+    """One target: `score` bytes from `place` on, behind length - score others; and hot and warm as
+    shares of the cache, and how blocks lie on disk."""
 
     model: str
     text: Path
@@ -46,6 +47,8 @@ class Job:
     length: int
     place: int
     score: int
+    shares: tuple[float, float] = (0.5, 1.0)
+    precision: str = "exact"
 
 
 def sight_of(config: ModelConfig, blocks: int) -> int:
@@ -67,7 +70,8 @@ def load_text(path: Path) -> torch.Tensor:
 def bits(job: Job) -> float:
     """Return the mean bits a byte of one target."""
     text, place = load_text(job.text), job.place
-    with reading(load(job.model), job.length, (0.5, 1.0), job.way) as stream:
+    model, shares = load(job.model), job.shares
+    with reading(model, job.length, shares, job.way, precision=job.precision) as stream:
         for at in range(place + job.score - job.length, place - 1, PIECE):
             stream.read(text[at : min(at + PIECE, place - 1)])
         stream.retrieval = replace(job.way, segment=1)

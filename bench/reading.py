@@ -33,6 +33,7 @@ def reading(
     retrieval: Retrieval | None = None,
     index: IndexConfig | None = None,
     device: str = "cpu",
+    precision: str = "exact",
 ) -> Iterator[Stream]:
     """Open a stream on a temporary store whose memory tiers are shares of `tokens`' cache."""
     config = model.config
@@ -43,9 +44,10 @@ def reading(
     least = config.heads * max(1, wanted.near + wanted.top_k) * spec.nbytes
     store_config = StoreConfig(
         hot=max(int(total * shares[0]), least),
-        warm=int(total * shares[1]),
+        warm=max(1, int(total * shares[1])),
         device=device,
         index=index or IndexConfig(),
+        precision=precision,
     )
     with Store(spec, store_config) as store:
         context = store.context(

@@ -9,7 +9,7 @@ DURABILITIES = {
 
 PRECISIONS = {
     "exact": "blocks come back from disk bit for bit",
-    "int8": "with 8 bits a number: about half the disk",
-    "int4": "with 4 bits a number: about a third of it",
+    "int8": "in 8 bits a number, rounded",
+    "int4": "in 4 bits a number, rounded more",
 }
 """Of blocks on disk. All are compressed, checksummed and verified alike."""

@@ -456,8 +456,8 @@ class DiskTier:
                 if held and (fault := fault_of(path)):
                     raise self._damaged(f"its tree: {fault}")
                 with self._env.begin(write=True) as transaction:
-                    self._check_format(transaction)
-                self._open_tables(None)
+                    is_new = self._check_format(transaction)
+                    self._open_tables(transaction, create=is_new)
         except lmdb.Error as error:
             self._env.close()
             raise self._damaged(error) from None
@@ -465,8 +465,7 @@ class DiskTier:
             self._env.close()
             raise
 
-    def _open_tables(self, transaction: lmdb.Transaction | None) -> None:
-        create = not self._read_only
+    def _open_tables(self, transaction: lmdb.Transaction, create: bool = False) -> None:
         self._packs, self._directory, self._records = (
             self._env.open_db(name, txn=transaction, create=create) for name in _TABLES
         )
@@ -501,8 +500,8 @@ class DiskTier:
         if there < pages:
             os.truncate(path, pages * self._page)
 
-    def _check_format(self, transaction: lmdb.Transaction) -> None:
-        """Compare the file's format with this one, or record it in a new file."""
+    def _check_format(self, transaction: lmdb.Transaction) -> bool:
+        """Compare the file's format with this one, or record it in a new file; say if it is new."""
         wanted = {"format": FORMAT_VERSION, "planes": self._codec.exact.description}
         value = _held(transaction, FORMAT_KEY)
         if not value:
@@ -511,7 +510,7 @@ class DiskTier:
             transaction.put(FORMAT_KEY, _seal(FORMAT_KEY, json.dumps(wanted).encode()))
             self._next_pack = self._blocks = 0
             transaction.put(_COUNTERS_KEY, self._counters())
-            return
+            return True
         try:
             found = json.loads(_unseal(FORMAT_KEY, value, "its format"))
             counters = struct.unpack(
@@ -533,6 +532,7 @@ class DiskTier:
                 f"{wanted['planes']}: use another directory"
             )
         self._next_pack, self._blocks = counters
+        return False
 
     # Changing
 

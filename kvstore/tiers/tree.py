@@ -18,6 +18,7 @@ from typing import NamedTuple
 _MAGIC, _VERSION = 0xBEEFC0DE, 1
 _BRANCH, _LEAF, _OVERFLOW, _META = 0x01, 0x02, 0x04, 0x08
 _BIG, _TABLE = 0x01, 0x02
+_NUMBERS = 0x08  # of a table: its keys are numbers
 _HEAD = 16
 _NOTHING = 2**64 - 1
 
@@ -182,6 +183,9 @@ class _Tree:
     ) -> None:
         """Look at one table. entries: takes what it has; tables: takes where the records of others
         lie; numbers: of free pages, whose keys are numbers."""
+        # Of another kind of table LMDB expects other pages, and dies where there are none.
+        if table.flags != (_NUMBERS if numbers else 0):
+            self._complain("a table is of another kind")
         counts = [0, 0, 0, 0]  # branches, leaves, overflow pages, entries
         todo: list[tuple[int, int, bytes | None, bytes | None]] = []
         if table.root != _NOTHING:

@@ -14,7 +14,7 @@ from twin import LANDMARK, SIZE, Twin, reopened
 
 from kvstore import saved_contexts
 from kvstore.config import IndexConfig
-from kvstore.errors import CorruptBlockError, KVStoreError
+from kvstore.errors import CorruptBlockError, CorruptStoreError, KVStoreError
 from kvstore.manifest import numbers_of
 from kvstore.tiers.tree import fault_of
 from kvstore.verify import repair, verify
@@ -274,6 +274,59 @@ def test_what_makes_no_sense_in_a_tree(kept, make_store):
     path.write_bytes(whole)
     assert fault_of(path) is None
     make_store(directory).check()
+
+
+def test_damaged_tables_are_no_new_ones(kept, make_store):
+    """A table of another kind kills LMDB, one of another name would be begun anew, all in silence."""
+    store, pasts = kept
+    directory = Path(store.config.directory)
+    store.close()
+    path = directory / "data.mdb"
+    whole = path.read_bytes()
+    found = 0
+    for name in (b"records", b"packs", b"directory"):
+        at = whole.find(name)
+        while at > 0:
+            for place, bit in ((at, 1), (at + len(name) + 4, 4), (at + len(name) + 4, 8)):
+                raw = bytearray(whole)
+                raw[place] ^= bit
+                path.write_bytes(raw)
+                try:
+                    opened = make_store(directory)
+                except CorruptStoreError:
+                    found += 1
+                    continue
+                same(opened, "apart", pasts["apart"])  # a page that is free
+                opened.close()
+            at = whole.find(name, at + 1)
+    assert found >= 9
+    for left in (0, 100):
+        path.write_bytes(whole[:left])
+        with pytest.raises(CorruptStoreError, match="is damaged"):
+            make_store(directory)
+    path.unlink()
+    with pytest.raises(CorruptStoreError, match=r"has no data\.mdb"):
+        make_store(directory)
+    path.write_bytes(whole)
+    same(make_store(directory), "apart", pasts["apart"])
+
+
+def test_a_false_last_page_does_not_grow_the_file(kept, make_store):
+    store, _ = kept
+    directory = Path(store.config.directory)
+    store.close()
+    path = directory / "data.mdb"
+    whole = path.read_bytes()
+    for bit in range(64):
+        raw = bytearray(whole)
+        for meta in (0, 4096):
+            raw[meta + 136 + bit // 8] ^= 1 << bit % 8
+        path.write_bytes(raw)
+        try:
+            make_store(directory).close()
+        except CorruptStoreError:
+            pass
+        assert path.stat().st_size <= len(whole) + (4 << 20)
 
 
 @pytest.mark.parametrize("seed", range(12))

@@ -86,11 +86,9 @@ def _spec(directory: Path) -> tuple[BlockSpec, list[str]]:
 
 @contextlib.contextmanager
 def _mapped(directory: Path) -> Iterator[mmap.mmap]:
-    """Map the file of a store; one that is empty is CorruptStoreError."""
-    with (directory / "data.mdb").open("rb") as file:
-        try:
-            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except ValueError:
-            raise CorruptStoreError(f"nothing can be read of {directory}: it is empty") from None
-        with data:
-            yield data
+    """Map the file of a store; one that is gone or empty is CorruptStoreError."""
+    path = directory / "data.mdb"
+    if not path.exists() or not path.stat().st_size:
+        raise CorruptStoreError(f"nothing can be read of {directory}: it has no {path.name}")
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        yield data

@@ -165,6 +165,16 @@ def test_what_cannot_be_salvaged_is_left_as_it_was(kept, make_store):
     assert before == {each: each.read_bytes() for each in directory.rglob("*") if each.is_file()}
 
 
+@pytest.mark.parametrize("left", [None, b"", b"x" * 100])
+def test_a_file_that_is_gone_cannot_be_salvaged(kept, left):
+    directory, _ = kept
+    (directory / "data.mdb").unlink()
+    if left is not None:
+        (directory / "data.mdb").write_bytes(left)
+    with pytest.raises(CorruptStoreError, match="nothing can be read"):
+        salvage(directory, "64MiB")
+
+
 def test_a_salvage_that_does_not_fit_changes_nothing(kept, make_store):
     directory, _ = kept
     path = directory / "data.mdb"

@@ -268,13 +268,16 @@ class SavedContexts:
     def fork(self, name: str, new: str, snapshot: int | None = None) -> None:
         """Keep the same past, as it was saved last, under another name too; nothing is copied.
 
-        snapshot: which of its snapshots to take instead. KeyError if there is no such context,
-        ValueError if the new name is taken.
+        snapshot: which of its snapshots to take instead, -1 the last. KeyError if there is no such
+        context, IndexError if it has no such snapshot, ValueError if the new name is taken.
         """
         manifest = self.require(name)
         self._require_free(new)
         if snapshot is not None:
-            manifest = gone_back(manifest, snapshot)
+            n = len(manifest["snapshots"])
+            if not -n <= snapshot < n:
+                raise IndexError(f"context {name!r} has no snapshot {snapshot}")
+            manifest = gone_back(manifest, snapshot % n)
         self._put(new, manifest | {"created": time.time()})
 
     def note(self, name: str, **info: Any) -> None:

@@ -175,7 +175,9 @@ class _Tree:
         if size < 8 * (count + 1) or count < 0:
             raise _Damage("a list of free pages has another length")
         for page in struct.unpack_from(f"<{count}Q", self._data, at + 8):
-            # Those behind the last page were never written.
+            # Those at the end of the file may never have been written.
+            if page > self.meta.last:
+                raise _Damage(f"page {page} is free and behind the last one")
             if page < 2 or (page < len(self._seen) and self._seen[page]):
                 raise _Damage(f"page {page} is in use and free")
             if page < len(self._seen):

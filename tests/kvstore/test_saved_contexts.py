@@ -195,6 +195,17 @@ def test_a_fork_goes_back_to_a_snapshot(make_store, tmp_path, monkeypatch, piece
     assert not store.record_keys()
 
 
+def test_only_snapshots_that_there_are_can_be_gone_back_to(make_store, tmp_path):
+    store = make_store(tmp_path)
+    keep(store, "a", 50).context.save(snapshot=True)
+    for snapshot in (-2, 1):
+        with pytest.raises(IndexError, match=f"has no snapshot {snapshot}"):
+            store.kept.fork("a", "b", snapshot)
+    assert store.kept.names() == ["a"]
+    store.kept.fork("a", "b", -1)
+    assert store.kept.describe("b").snapshots == 1
+
+
 def test_left_by_an_error_it_is_as_it_was_saved(make_store, tmp_path):
     store = make_store(tmp_path)
     twin = keep(store, "a", 20)

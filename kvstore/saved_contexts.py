@@ -145,8 +145,15 @@ class SavedContexts:
                 self.manifest(name)
 
     def describe(self, name: str) -> KeptContext:
-        """Return what is known of a context. KeyError if there is none."""
+        """Return what is known of a context.
+
+        KeyError if there is none, CorruptBlockError if it is damaged.
+        """
         manifest = self.require(name)
+        try:
+            disk_bytes = self._store.disk_bytes(self.ids(name, manifest))
+        except KeyError as error:
+            raise CorruptBlockError(f"context {name!r}: {error.args[0]}") from None
         spec, counts, filled = self._store.spec, manifest["counts"], manifest["filled"]
         blocks = sum(counts)
         return KeptContext(
@@ -154,7 +161,7 @@ class SavedContexts:
             tokens=max(n * spec.block_size + f for n, f in zip(counts, filled, strict=True)),
             blocks=blocks,
             nbytes=blocks * spec.nbytes,
-            disk_bytes=self._store.disk_bytes(self.ids(name, manifest)),
+            disk_bytes=disk_bytes,
             fingerprint=manifest["fingerprint"],
             info=manifest["info"],
             created=manifest["created"],

@@ -11,6 +11,8 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
 from twin import LANDMARK, SIZE, SPEC, Twin, marks_of, open_store, past, reopened, tokens
 
 from kvstore import saved_contexts
@@ -193,6 +195,19 @@ def test_a_fork_goes_back_to_a_snapshot(make_store, tmp_path, monkeypatch, piece
         store.context(f"back{snapshot}").delete()
     assert not len(store)
     assert not store.record_keys()
+
+
+def test_ids_from_anywhere_are_damage(make_store, tmp_path):
+    store = make_store(tmp_path)
+    twin = keep(store, "a", 50)
+    twin.context.close()
+    number = store.kept.require("a")["past"][0]["number"]
+    key = b"piece/%012d" % number
+    tensors = load_tensors(store.get_record(key))
+    tensors["ids.0"][3] = 2**40
+    store.put_record(key, save_tensors(tensors))
+    with pytest.raises(CorruptBlockError, match="context 'a': no block has the id 1099511627776"):
+        store.kept.describe("a")
 
 
 def test_only_snapshots_that_there_are_can_be_gone_back_to(make_store, tmp_path):

@@ -849,12 +849,14 @@ def test_a_temporary_store_that_nobody_holds_is_removed():
 
 
 PROGRAM = """
-import sys, time, torch
+import signal, sys, time, torch
 from kvstore.block import BlockSpec
 from kvstore.config import StoreConfig
 from kvstore.store import Store
 store = Store(BlockSpec.kv(4, 8), StoreConfig(hot=1 << 12, warm=1 << 14, device="cpu"))
 store.put([torch.zeros(500, 4, 8, dtype=torch.bfloat16)] * 2)
+# What a shell starts in the background inherits that Ctrl-C is ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 print(store._disk.directory, flush=True)
 if sys.argv[1] == "wait":
     time.sleep(60)

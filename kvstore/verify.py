@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from kvstore.errors import CorruptBlockError
@@ -162,7 +161,9 @@ def _whole_counts(
     try:
         for piece in kept.past(name, manifest):
             for s in range(len(whole)):
-                ids = piece.get(f"ids.{s}", torch.empty(0, dtype=torch.int64)).numpy()
+                if (held := piece.get(f"ids.{s}")) is None:
+                    continue  # of a stream without new blocks
+                ids = held.numpy()
                 found.append(ids)
                 lacking = np.flatnonzero(~np.isin(ids, present))
                 if s in open_streams and len(lacking):

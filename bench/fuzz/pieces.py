@@ -128,7 +128,8 @@ class Pieces:
             tensor["shape"] = rng.choice([[], [*shape, 1], [1, *shape], shape[::-1], [0, 2**63]])
         elif kind == 2:
             tensor["shape"] = [0, rng.choice(EXTREMES)]
-            tensor["data_offsets"] = [tensor["data_offsets"][0]] * 2
+            if isinstance(tensor.get("data_offsets"), list):
+                tensor["data_offsets"] = tensor["data_offsets"][:1] * 2
         elif kind == 3:
             tensor["shape"] = [rng.choice(EXTREMES) for _ in range(rng.randrange(3))]
         else:

@@ -18,7 +18,7 @@ from kvstore.config import StoreConfig
 from kvstore.errors import CorruptStoreError
 from kvstore.store import Store
 from kvstore.tiers import lock
-from kvstore.tiers.disk import FORMAT_KEY, DiskTier, planes_of
+from kvstore.tiers.disk import FORMAT_KEY, DiskTier, newest_first, planes_of
 from kvstore.tiers.spec_file import NAME, described, read_spec, write_spec
 from kvstore.tiers.tree import readable
 from kvstore.verify import repair, verify
@@ -49,7 +49,7 @@ def salvage(
         tier = DiskTier(aside, spec, config.cold)
         try:
             with _mapped(directory) as data:
-                tables, lost = readable(data)
+                tables, lost = readable(data, newest_first(data))
                 if not tables:
                     raise CorruptStoreError(f"nothing can be read of {directory}: {lost[0]}")
                 told += [f"in the file: {each}" for each in lost] + tier.adopt(tables, data)
@@ -77,7 +77,7 @@ def _spec(directory: Path) -> tuple[BlockSpec, list[str]]:
         return read_spec(directory), []
     except CorruptStoreError as error:
         with _mapped(directory) as data:
-            tables, _ = readable(data)
+            tables, _ = readable(data, newest_first(data))
             for key, at, size in tables.get(b"", []):
                 if key == FORMAT_KEY:
                     return described(planes_of(data[at : at + size])), [str(error)]

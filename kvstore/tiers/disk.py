@@ -44,9 +44,9 @@ from kvstore.tiers.pack import (
     frame_at,
     join_frames,
 )
-from kvstore.tiers.tree import Entries, fault_of
+from kvstore.tiers.tree import Entries, commits, fault_of
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 # A value of LMDB fills whole pages: a 5 KiB frame alone would take 8 KiB. Frames written together
 # share a value of at least this size, and lose half a page in sixteen.
@@ -458,12 +458,24 @@ class DiskTier:
                 with self._env.begin(write=True) as transaction:
                     is_new = self._check_format(transaction)
                     self._open_tables(transaction, create=is_new)
+            if held:
+                self._check_commits(path)
         except lmdb.Error as error:
             self._env.close()
             raise self._damaged(error) from None
         except BaseException:
             self._env.close()
             raise
+
+    def _check_commits(self, path: Path) -> None:
+        """Refuse a file that does not say which of its commits is the last one."""
+        fault: str | None = None
+        # Where another process writes, what is read may be of several moments.
+        for _ in range(_TRIES if self._read_only else 1):
+            fault = _fault_of_commits(path)
+            if not fault:
+                return
+        raise self._damaged(f"its tree: {fault}")
 
     def _open_tables(self, transaction: lmdb.Transaction, create: bool = False) -> None:
         self._packs, self._directory, self._records = (
@@ -507,17 +519,13 @@ class DiskTier:
                 raise ValueError(f"{self.directory} holds an LMDB file that is no store")
             transaction.put(FORMAT_KEY, _seal(FORMAT_KEY, json.dumps(wanted).encode()))
             self._next_pack = self._blocks = 0
-            transaction.put(_COUNTERS_KEY, self._counters())
+            transaction.put(_COUNTERS_KEY, self._counters(transaction))
             return True
         try:
             found = json.loads(_unseal(FORMAT_KEY, value, "its format"))
-            counters = struct.unpack(
-                "<QQ",
-                _unseal(_COUNTERS_KEY, _held(transaction, _COUNTERS_KEY), "its counters"),
-            )
             if not isinstance(found, dict):
                 raise ValueError("its format is no object")
-        except (CorruptBlockError, ValueError, RecursionError, struct.error) as error:
+        except (CorruptBlockError, ValueError, RecursionError) as error:
             raise self._damaged(error) from None
         if found.get("format") != FORMAT_VERSION:
             raise ValueError(
@@ -529,7 +537,10 @@ class DiskTier:
                 f"{self.directory} holds blocks of {found.get('planes')}, not of "
                 f"{wanted['planes']}: use another directory"
             )
-        self._next_pack, self._blocks = counters
+        try:
+            self._next_pack, self._blocks, _ = _counted(_held(transaction, _COUNTERS_KEY))
+        except CorruptBlockError as error:
+            raise self._damaged(error) from None
         return False
 
     # Changing
@@ -638,7 +649,7 @@ class DiskTier:
             try:
                 with self._env.begin(write=True) as transaction:
                     change(transaction)
-                    transaction.put(_COUNTERS_KEY, self._counters())
+                    transaction.put(_COUNTERS_KEY, self._counters(transaction))
                 return
             except BaseException as error:
                 self._next_pack, self._blocks = counters
@@ -734,8 +745,9 @@ class DiskTier:
         transaction.put(key, _seal(key, _int64(members)), db=self._directory)
         return self._pages_of(len(pack)), self._pages_of(len(smaller))
 
-    def _counters(self) -> bytes:
-        return _seal(_COUNTERS_KEY, struct.pack("<QQ", self._next_pack, self._blocks))
+    def _counters(self, transaction: lmdb.Transaction) -> bytes:
+        counters = self._next_pack, self._blocks, transaction.id()
+        return _seal(_COUNTERS_KEY, struct.pack("<QQQ", *counters))
 
     # Pages
 
@@ -828,6 +840,54 @@ class DiskTier:
 
 def _int64(ids: Ids) -> bytes:
     return ids.astype("<i8").tobytes()
+
+
+def newest_first(data: mmap.mmap) -> list[int]:
+    """Return the numbers that the commits of a file bear, the one first that was made last.
+
+    Damage may have changed the numbers: the counters of a commit have the one it was made with.
+    """
+    made: dict[int, int] = {}
+    for commit in filter(None, commits(data, _COUNTERS_KEY)):
+        try:
+            made[commit.number] = _counted(commit.value or b"")[2]
+        except CorruptBlockError:
+            made[commit.number] = -1
+    return sorted(made, key=made.__getitem__, reverse=True)
+
+
+def _fault_of_commits(path: Path) -> str | None:
+    """Return what is wrong with the numbers of a file's last two commits; None if nothing is.
+
+    They say which is the last. LMDB takes the larger number, and has no checksum on either.
+    """
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        found = commits(data, _COUNTERS_KEY)
+    last = max((commit.number for commit in found if commit), default=0)
+    for place, commit in enumerate(found):
+        if commit is None:
+            continue
+        try:
+            made = _counted(commit.value or b"")[2]
+        except CorruptBlockError as error:
+            if commit.number == last:
+                return str(error)
+            continue  # what was before may be overwritten in part
+        if commit.number == last and (made != last or last % 2 != place):
+            return f"its last commit has the number {last}, and was made as {made}"
+        # After a loss of power there may be a page of a later commit yet, but not of the next one.
+        if commit.number < last and made == last + 1:
+            return f"commit {made} has the number {commit.number}"
+    return None
+
+
+def _counted(value: bytes) -> tuple[int, int, int]:
+    """Return the next number of a pack, the blocks, and the number of the commit."""
+    payload = _unseal(_COUNTERS_KEY, value, "the record of its counters")
+    if len(payload) != 24:
+        raise CorruptBlockError(f"the record of its counters is damaged: it has {len(payload)} B")
+    next_pack, blocks, commit = struct.unpack("<QQQ", payload)
+    return next_pack, blocks, commit
 
 
 def planes_of(value: bytes) -> str:

@@ -9,8 +9,10 @@ The format is that of LMDB 0.9 (mdb.c: MDB_page, MDB_meta, MDB_db, MDB_node).
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import struct
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -23,6 +25,7 @@ _BRANCH, _LEAF, _OVERFLOW, _META = 0x01, 0x02, 0x04, 0x08
 _BIG, _TABLE = 0x01, 0x02
 _NUMBERS = 0x08  # of a table: its keys are numbers
 _HEAD = 16
+_LONGEST_KEY = 511
 _NOTHING = 2**64 - 1
 
 _head = struct.Struct("<QHHHH").unpack_from  # number, -, flags, lower, upper
@@ -38,6 +41,14 @@ _END_OF_META = _HEAD + 24 + 2 * _table.size + 16
 
 Entries = list[tuple[bytes, int, int]]
 """Of a table: each key, where its value begins in the file, and its size."""
+
+
+class Commit(NamedTuple):
+    """One of the last two commits of a file."""
+
+    number: int
+    value: bytes | None
+    """Of a key in the table without a name, as it was then; None where it cannot be read."""
 
 
 class _Damage(Exception):
@@ -79,14 +90,37 @@ def fault_of(path: Path, transaction: int | None = None, *, deep: bool = True) -
     return None
 
 
-def readable(data: mmap.mmap) -> tuple[dict[bytes, Entries], list[str]]:
+def commits(data: mmap.mmap, key: bytes) -> list[Commit | None]:
+    """Return the commits that the first two pages of a file name, in this order; see `Commit`.
+
+    A page that names none, or the one of an empty file, is None.
+    """
+    found: list[Commit | None] = []
+    for meta in _metas(data):
+        if meta is None or meta.main.root == _NOTHING:
+            found.append(None)
+            continue
+        entries: Entries = []
+        with contextlib.suppress(_Damage):
+            tree = _Tree(data, meta.transaction, [])
+            tree.walk(meta.main, entries=entries, tables=[])
+        values = [data[at : at + size] for name, at, size in entries if name == key]
+        found.append(Commit(meta.transaction, values[0] if values else None))
+    return found
+
+
+def readable(
+    data: mmap.mmap, numbers: Sequence[int] = ()
+) -> tuple[dict[bytes, Entries], list[str]]:
     """Return what can be read of a damaged file: the entries of its tables, and what cannot, why.
 
-    data: of the file, while nobody writes. The table without a name has the name b"". An entry is
-    one of the last commit whose tables can be found, but nothing says that its value is whole.
+    data: of the file, while nobody writes. numbers: of the commits to try, the last one first, by
+    default as the file says. The table without a name has the name b"". An entry is one of the
+    first of these commits whose tables can be found, but nothing says that its value is whole.
     """
     lost: list[str] = []
-    for transaction in _transactions(data):
+    metas = sorted((meta.transaction for meta in _metas(data) if meta), reverse=True)
+    for transaction in numbers or metas:
         try:
             tree = _Tree(data, transaction, lost)
         except _Damage as damage:
@@ -106,11 +140,10 @@ def readable(data: mmap.mmap) -> tuple[dict[bytes, Entries], list[str]]:
     return {}, lost or ["no page says where its tree begins"]
 
 
-def _transactions(data: mmap.mmap) -> list[int]:
-    """Return the numbers of the last two commits, the last one first, as far as can be read."""
+def _metas(data: mmap.mmap) -> list[_Meta | None]:
+    """Return what the first two pages say; None of one that is not what it should be."""
     first = _meta_at(data, 0)
-    metas = [first, _meta_at(data, first.page_size if first else 4096)]
-    return sorted((meta.transaction for meta in metas if meta), reverse=True)
+    return [first, _meta_at(data, first.page_size if first else 4096)]
 
 
 def _meta_at(data: mmap.mmap, start: int) -> _Meta | None:
@@ -138,9 +171,8 @@ class _Tree:
     ) -> None:
         self._data = data
         self._lost = lost
-        first = _meta_at(data, 0)
-        metas = [first, _meta_at(data, first.page_size if first else 4096)]
-        found = [meta for meta in metas if meta and transaction in (None, meta.transaction)]
+        metas = [meta for meta in _metas(data) if meta]
+        found = [meta for meta in metas if transaction in (None, meta.transaction)]
         if not found:
             raise _Damage("no page says where its tree begins")
         self.meta = max(found, key=lambda meta: meta.transaction)
@@ -148,7 +180,8 @@ class _Tree:
         there = len(data) // self._size
         pages = min(self.meta.last + 1, there)
         # LMDB does not write pages that it has freed at once, so the last ones may not be there.
-        if self.meta.last >= there + MOST_UNWRITTEN:
+        self._missing = self.meta.last + 1 - pages
+        if self._missing > MOST_UNWRITTEN:
             self._complain(f"it has {there} pages of {self.meta.last + 1}")
         self._seen = bytearray(pages)
         self._seen[:2] = b"\1\1"
@@ -166,11 +199,18 @@ class _Tree:
             self.walk(_Table(*_table.unpack_from(self._data, at)))
         free: Entries = []
         self.walk(self.meta.free, entries=free, numbers=True)
+        missing: set[int] = set()
         for _, at, size in free:
-            self._free_pages(at, size)
+            missing |= self._free_pages(at, size)
+        if len(missing) < self._missing:
+            raise _Damage(f"it has {len(self._seen)} pages of {self.meta.last + 1}")
 
-    def _free_pages(self, at: int, size: int) -> None:
-        """A list of free pages: their count, then their numbers, none of which is in use."""
+    def _free_pages(self, at: int, size: int) -> set[int]:
+        """A list of free pages: their count, then their numbers, none of which is in use.
+
+        Returns those that the file does not have.
+        """
+        missing = set()
         count = _number(self._data, at)[0] if size >= 8 else -1
         if size < 8 * (count + 1) or count < 0:
             raise _Damage("a list of free pages has another length")
@@ -182,6 +222,9 @@ class _Tree:
                 raise _Damage(f"page {page} is in use and free")
             if page < len(self._seen):
                 self._seen[page] = 1
+            else:
+                missing.add(page)
+        return missing
 
     def walk(
         self,
@@ -311,6 +354,8 @@ class _Tree:
             if not upper <= place <= size - 8:
                 raise _Damage(f"page {page} has an entry that is not in it")
             low, high, kind, key_size = _node(data, start + place)
+            if key_size > _LONGEST_KEY:
+                raise _Damage(f"page {page} has a key of {key_size} B")
             at = place + 8 + key_size
             if flags == _BRANCH:
                 below, kind, end = low | high << 16 | kind << 32, 0, at

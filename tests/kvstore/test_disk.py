@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 import resource
 import shutil
@@ -27,12 +28,20 @@ from hypothesis.stateful import (
 )
 
 from kvstore.block import BlockSpec
-from kvstore.errors import CorruptBlockError, StoreClosedError, StoreFullError, WriteFailedError
-from kvstore.tiers.disk import DiskTier
+from kvstore.errors import (
+    CorruptBlockError,
+    CorruptStoreError,
+    StoreClosedError,
+    StoreFullError,
+    WriteFailedError,
+)
+from kvstore.tiers.disk import DiskTier, newest_first
+from kvstore.tiers.tree import readable
 
 SPEC = BlockSpec.kv(16, 64)  # 4 KiB a block, about 2.9 KiB compressed
 PLANE = SPEC.planes[0].nbytes
 CAPACITY = 16 << 20
+PAGE = 4096
 
 
 @lru_cache(maxsize=4096)
@@ -474,10 +483,10 @@ def test_another_specification_is_refused(directory):
 
 
 def test_another_format_is_refused(directory, monkeypatch):
-    monkeypatch.setattr("kvstore.tiers.disk.FORMAT_VERSION", 2)
+    monkeypatch.setattr("kvstore.tiers.disk.FORMAT_VERSION", 1)
     DiskTier(directory, SPEC, CAPACITY).close()
     monkeypatch.undo()
-    with pytest.raises(ValueError, match="format 2, this program reads 1"):
+    with pytest.raises(ValueError, match="format 1, this program reads 2"):
         DiskTier(directory, SPEC, CAPACITY)
 
 
@@ -581,6 +590,79 @@ def test_a_file_cut_short_does_not_kill_the_process(directory, keep):
             read(DiskTier(directory, SPEC, CAPACITY), range(300), locations)
 
     assert in_child(work) == 0
+
+
+# Where the two first pages say the number of the last page, and of their commit.
+LAST_PAGE, COMMIT = 136, 144
+
+
+@pytest.mark.parametrize("commits", [2, 5])
+@pytest.mark.parametrize("read_only", [False, True])
+def test_the_commit_before_is_never_taken_for_the_last(directory, commits, read_only):
+    """LMDB takes the commit of the larger number, and nothing of its own would tell."""
+    tier = DiskTier(directory, SPEC, CAPACITY)
+    for i in range(1, commits):  # making it was one
+        write(tier, [i])
+    tier.close()
+    path = directory / "data.mdb"
+    whole = path.read_bytes()
+    refused = {0: 0, 1: 0}
+    for page in refused:
+        for bit in range(64):
+            raw = bytearray(whole)
+            raw[page * PAGE + COMMIT + bit // 8] ^= 1 << bit % 8
+            path.write_bytes(raw)
+            try:
+                opened = DiskTier(directory, SPEC, CAPACITY, read_only=read_only)
+            except CorruptStoreError as error:
+                refused[page] += "commit" in str(error)
+            else:
+                assert opened.scan()[0].tolist() == list(range(1, commits))
+                opened.close()
+    last = commits % 2
+    assert refused[last] == 64
+    # An older commit of another number is no harm, as long as it is not larger than the last.
+    assert refused[1 - last] >= 60
+    # The next commit would go where the last one is.
+    path.write_bytes(whole[PAGE : 2 * PAGE] + whole[:PAGE] + whole[2 * PAGE :])
+    with pytest.raises(CorruptStoreError, match="last commit has the number"):
+        DiskTier(directory, SPEC, CAPACITY, read_only=read_only)
+    path.write_bytes(whole)
+    DiskTier(directory, SPEC, CAPACITY).close()
+
+
+def test_what_is_salvaged_is_of_the_last_commit(directory):
+    tier = DiskTier(directory, SPEC, CAPACITY)
+    for i in range(4):
+        write(tier, [i])
+    tier.close()
+    path = directory / "data.mdb"
+    raw = bytearray(path.read_bytes())
+    assert raw[PAGE + COMMIT] == 5
+    raw[PAGE + COMMIT] = 1
+    path.write_bytes(raw)
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        assert newest_first(data) == [1, 4]
+        tables, _ = readable(data, newest_first(data))
+        assert len(tables[b"packs"]) == 4
+        assert len(readable(data)[0][b"packs"]) == 3
+
+
+@pytest.mark.parametrize("added", [1, 2, 500])
+def test_a_file_does_not_grow_because_damage_says_so(directory, added):
+    """It may lack its last pages only where they are free."""
+    tier = DiskTier(directory, SPEC, CAPACITY)
+    write(tier, range(20))
+    tier.close()
+    path = directory / "data.mdb"
+    raw = bytearray(path.read_bytes())
+    assert raw[COMMIT] == 2
+    pages = len(raw) // PAGE
+    raw[LAST_PAGE : LAST_PAGE + 8] = (pages - 1 + added).to_bytes(8, "little")
+    path.write_bytes(raw)
+    with pytest.raises(CorruptStoreError, match=f"has {pages} pages of {pages + added}"):
+        DiskTier(directory, SPEC, CAPACITY)
+    assert path.stat().st_size == len(raw)
 
 
 def test_a_file_of_something_else_is_damage(directory):

@@ -33,6 +33,7 @@ from kvstore.errors import (
     StoreFullError,
 )
 from kvstore.guard import Guard
+from kvstore.heap import keep_together
 from kvstore.jobs import Crew
 from kvstore.lookups import Lookups, Pin
 from kvstore.mover import Mover
@@ -100,6 +101,7 @@ class Store:
             raise ValueError(
                 "warm: a store that is only read keeps in it what is new; give it more"
             )
+        keep_together()  # before it starts threads
         with ExitStack() as stack:
             disk = _open_disk(spec, config, stack)
             self._recorder = Recorder(_open_trace(spec, config, stack))

@@ -28,7 +28,7 @@ from model import checkpoint, haystack
 from model.attention import block_attention
 from model.generate import prefill
 from model.landmark import LandmarkAttention
-from model.stream import Groups, Stream
+from model.landmark_stream import Groups, LandmarkStream
 
 
 def pair(first: Callable[[], object], second: Callable[[], object], n: int) -> tuple[float, float]:
@@ -105,7 +105,7 @@ def kernel(device: str, block_size: int, head_dim: int, n: int) -> dict[str, Any
     }
 
 
-class TimedStream(Stream):
+class TimedStream(LandmarkStream):
     """A stream that adds up what its retrieving layers take.
 
     retrieving_seconds: everything in them, projections and the cache's growth too.
@@ -186,7 +186,8 @@ def full_attention(name: str, tokens: int, device: str, n: int) -> dict[str, Any
         attend = lambda q=q, k=k, v=v: F.scaled_dot_product_attention(q, k, v)  # noqa: E731
         with torch.inference_mode():
             seconds = pair(attend, lambda: None, n)[0] * config.retrieving
-        size = cache_bytes(checkpoint.load(name), tokens, dtype)
+        size = cache_bytes(checkpoint.load(name), tokens) // torch.bfloat16.itemsize
+        size *= dtype.itemsize
         if not best or seconds * 1e3 < best["ms_per_token"]:
             best = {
                 "dtype": str(dtype).removeprefix("torch."),

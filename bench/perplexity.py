@@ -32,7 +32,7 @@ from model import checkpoint
 from model.config import ModelConfig
 from model.data import read_text
 from model.generate import PIECE
-from model.stream import Retrieval
+from model.landmark_stream import Retrieval
 from model.transformer import Transformer
 
 

@@ -27,7 +27,7 @@ from kvstore.promises import PRECISIONS
 from model import checkpoint
 from model.data import read_text
 from model.generate import prefill
-from model.stream import Retrieval
+from model.landmark_stream import Retrieval
 
 FROM_DISK = (0.0, 0.0)
 """Shares of hot and warm: hot is as large as it must be, and warm is none."""

@@ -5,43 +5,39 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from math import sqrt
+from typing import Any
 
-import torch
-
-from kvstore.block import BlockSpec
 from kvstore.config import IndexConfig, StoreConfig
 from kvstore.store import Store
-from model.stream import Retrieval, Stream
-from model.transformer import Transformer
+from model.families import family_of
+from model.stream import Stream
 
 SHARES = (1 / 32, 1 / 8)
 """Hot and warm tier as shares of the whole cache: 32 MiB and 128 MiB of 1 GiB."""
 
 
-def cache_bytes(model: Transformer, tokens: int, dtype: torch.dtype = torch.bfloat16) -> int:
+def cache_bytes(model: Any, tokens: int) -> int:
     """Bytes that `tokens` tokens take in all streams, uncompressed."""
-    config = model.config
-    per_token = config.retrieving * config.heads * 2 * config.head_dim * dtype.itemsize
-    return tokens * per_token
+    return family_of(model).stream.layout(model.config).cache_bytes(tokens)
 
 
 @contextmanager
 def reading(
-    model: Transformer,
+    model: Any,
     tokens: int,
     shares: tuple[float, float] = SHARES,
-    retrieval: Retrieval | None = None,
+    retrieval: Any = None,
     index: IndexConfig | None = None,
     device: str = "cpu",
     precision: str = "exact",
 ) -> Iterator[Stream]:
     """Open a stream on a temporary store whose memory tiers are shares of `tokens`' cache."""
-    config = model.config
-    spec = BlockSpec.kv(config.block_size, config.head_dim, torch.bfloat16)
-    total = cache_bytes(model, tokens)
+    read_with = family_of(model).stream
+    retrieval = retrieval or read_with.retrieval_of(model.config)
+    layout = read_with.layout(model.config)
+    total = layout.cache_bytes(tokens)
     # Hot must hold what one selection asks for.
-    wanted = retrieval or config
-    least = config.heads * max(1, wanted.near + wanted.top_k) * spec.nbytes
+    least = max(1, read_with.most_blocks(model.config, retrieval)) * layout.spec.nbytes
     store_config = StoreConfig(
         hot=max(int(total * shares[0]), least),
         warm=max(1, int(total * shares[1])),
@@ -49,11 +45,9 @@ def reading(
         index=index or IndexConfig(),
         precision=precision,
     )
-    with Store(spec, store_config) as store:
-        context = store.context(
-            None, streams=config.retrieving * config.heads, landmark_dim=config.head_dim
-        )
-        yield Stream(model, context, retrieval)
+    with Store(layout.spec, store_config) as store:
+        context = store.context(None, streams=layout.streams, landmark_dim=layout.landmark_dim)
+        yield read_with(model, context, retrieval)
 
 
 def interval(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:

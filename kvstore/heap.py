@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 from functools import cache
 
-
 _ARENA_MAX = -8  # of mallopt, in glibc's malloc.h
 
 

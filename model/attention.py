@@ -107,3 +107,31 @@ def window_attention(
         scores = scores.masked_fill(~seen, float("-inf"))
     lse = scores.logsumexp(dim=-1)
     return (scores - lse[..., None]).exp() @ v, lse
+
+
+def wide(x: Tensor) -> Tensor:
+    """What is exponentiated has at least float32, whatever the matrices are multiplied in."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def weighed_attention(
+    q: Tensor,  # [Q, H, R, D] times 1 / sqrt(D)
+    keys: Tensor,  # [Q * H, k * S, D]
+    values: Tensor,  # [Q * H, k * S, D]
+    weights: Tensor,  # [Q, k]
+) -> Tensor:  # [Q, H, R, D]
+    """Attend to k chunks, in each by a softmax with one more place that says nothing.
+
+    out = sum_b w_b sum_j e^s_bj / (1 + sum_i e^s_bi) v_bj (softmax-plus-one), the weights w the
+    same for all heads and layers of a group.
+    """
+    segments, heads, rows, dim = q.shape
+    count = weights.shape[-1]
+    scores = q.reshape(-1, rows, dim) @ keys.transpose(-1, -2)  # [Q * H, R, k * S]
+    scores = wide(scores.unflatten(-1, (count, -1)))
+    top = scores.detach().amax(dim=-1, keepdim=True).clamp(min=0.0)
+    shares = (scores - top).exp()
+    shares = shares / (shares.sum(dim=-1, keepdim=True) + (-top).exp())
+    weight = weights[:, None].expand(-1, heads, -1).reshape(-1, 1, count, 1)
+    out = (shares * weight).flatten(-2).to(values.dtype) @ values
+    return out.view(segments, heads, rows, dim)

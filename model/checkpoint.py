@@ -11,13 +11,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from model.config import ModelConfig
-from model.transformer import Transformer
+from model.families import FAMILIES
 
 SHIPPED = Path(__file__).parent / "checkpoints"
 
 
-def save(model: Transformer, path: Path, info: dict[str, Any]) -> None:
+def save(model: Any, path: Path, info: dict[str, Any]) -> None:
     """Write a model's weights, its configuration and `info` (how it was made) to `path`."""
     header = {"config": json.dumps(model.config.to_dict()), "info": json.dumps(info)}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -27,7 +26,7 @@ def save(model: Transformer, path: Path, info: dict[str, Any]) -> None:
     partial.replace(path)
 
 
-def fingerprint(model: Transformer) -> str:
+def fingerprint(model: Any) -> str:
     """Return a digest of a model's configuration and weights: 32 hexadecimal digits."""
     digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True).encode())
     for name, tensor in sorted(model.state_dict().items()):
@@ -41,7 +40,7 @@ def full_name(name: str) -> str:
     return name if (SHIPPED / f"{name}.safetensors").is_file() else str(Path(name).resolve())
 
 
-def load(name: str) -> Transformer:
+def load(name: str) -> Any:
     """Load a shipped model by name ("landmark") or any checkpoint by path.
 
     Raises ValueError naming the shipped ones if there is no such checkpoint, or it is not one.
@@ -57,9 +56,13 @@ def load(name: str) -> Transformer:
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
-            config = ModelConfig(**json.loads(header["config"]))
+            sizes = dict(json.loads(header["config"]))
+            if sizes["family"] not in FAMILIES:
+                raise ValueError(f"model family {sizes['family']!r} is unknown: update kvstore")
+            family = FAMILIES[sizes["family"]]
+            config = family.config(**sizes)
             weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        model = Transformer(config, initialize=False)
+        model = family.network(config, initialize=False)
         model.load_state_dict(weights)
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]

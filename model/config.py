@@ -74,3 +74,58 @@ class ModelConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain values."""
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class GCAConfig:
+    """Sizes of a byte-level transformer whose upper layers retrieve chunks (model/gca.py).
+
+    width: size of the residual stream; heads * head_dim. mlp_width: of the MLPs' hidden layers.
+    lower, encoder: layers below the chunk encoder, and of it. groups, group_layers: how often the
+    upper layers search, and how many share what was found.
+    reach: bytes that each place's embedding knows of: its own and those right before it.
+    block_size: tokens of a chunk; the landmark token takes one position more.
+    window_blocks: how many chunks before its own a place sees directly.
+    landmark_dim: size of landmarks and of the queries that find them.
+    top_k: chunks that each group finds. segment: tokens that use what the first of them finds while
+    a text is read; divides block_size; 0: a chunk uses what the landmark before it finds.
+    """
+
+    family: str = "gca"
+    width: int = 128
+    heads: int = 2
+    lower: int = 2
+    encoder: int = 1
+    groups: int = 2
+    group_layers: int = 1
+    mlp_width: int = 512
+    block_size: int = 64
+    window_blocks: int = 1
+    reach: int = 4
+    rope_base: float = 1e4
+    landmark_dim: int = 64
+    top_k: int = 8
+    segment: int = 16
+
+    def __post_init__(self) -> None:
+        if self.family != "gca":
+            raise ValueError(f"model family {self.family!r} is not 'gca'")
+        for name, value in asdict(self).items():
+            least = 0 if name in ("segment", "lower") else 1
+            if name not in ("family", "rope_base") and value < least:
+                raise ValueError(f"{name} must be at least {least}, not {value}")
+        if self.width % self.heads or (self.width // self.heads) % 2:
+            raise ValueError(
+                f"width {self.width} must be a multiple of twice the heads ({self.heads})"
+            )
+        if self.segment and self.block_size % self.segment:
+            raise ValueError(f"segment {self.segment} must divide the block size {self.block_size}")
+
+    @property
+    def head_dim(self) -> int:
+        """Size of one head's queries, keys and values."""
+        return self.width // self.heads
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as plain values."""
+        return asdict(self)

@@ -40,9 +40,12 @@ def prefill(
     if not text:
         raise ValueError("the text is empty: there is nothing to read")
     tokens = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-    for start in range(0, len(tokens), PIECE):
-        logits = stream.read(tokens[start : start + PIECE])
-        progress(min(start + PIECE, len(tokens)))
+    last = (len(tokens) - 1) // PIECE * PIECE
+    for start in range(0, last, PIECE):
+        stream.skim(tokens[start : start + PIECE])
+        progress(start + PIECE)
+    logits = stream.read(tokens[last:])
+    progress(len(tokens))
     return logits
 
 

@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from kvstore import BlockSpec, Context, KVStoreError, Store, StoreConfig
+from kvstore import KVStoreError, Store, StoreConfig
 from kvstore.cli import options
 from kvstore.cli.memory import PeakMemory
 from kvstore.cli.report import Index, Report, Tier
@@ -25,38 +24,12 @@ from kvstore.cli.usage import checking_input
 from kvstore.saved_contexts import SavedContexts
 from kvstore.tiers.spec_file import read_spec
 from model import checkpoint
+from model.families import family_of
 from model.generate import Sampling, generate, prefill
-from model.stream import Retrieval, Stream
-from model.transformer import Transformer
+from model.stream import Stream
 
 SNAPSHOT = 2**16
 """Tokens after which a kept context is saved while it is read: what an interruption may cost."""
-
-
-class ClockedStream(Stream):
-    """A stream that notes every read of its own and of its forks: (tokens, seconds)."""
-
-    def __init__(
-        self,
-        model: Transformer,
-        context: Context,
-        retrieval: Retrieval,
-        reads: list[tuple[int, float]] | None = None,
-    ) -> None:
-        super().__init__(model, context, retrieval)
-        self.reads: list[tuple[int, float]] = [] if reads is None else reads
-
-    def fork(self) -> ClockedStream:
-        """Return a stream on a fork of the context, on the same clock."""
-        self.save_state()
-        return ClockedStream(self.model, self.context.fork(), self.retrieval, self.reads)
-
-    def read(self, tokens: Tensor) -> Tensor:
-        """Read bytes [T] and return the logits [256] of the byte that follows."""
-        began = time.perf_counter()
-        logits = super().read(tokens)
-        self.reads.append((len(tokens), time.perf_counter() - began))
-        return logits
 
 
 class Session:
@@ -68,7 +41,7 @@ class Session:
 
     def __init__(
         self,
-        stream: ClockedStream,
+        stream: Stream,
         sampling: Sampling,
         memory: PeakMemory,
         chain: TextChain,
@@ -86,6 +59,8 @@ class Session:
         self._read_tokens = self._reused_tokens = 0
         self._prefill_seconds = 0.0
         self._first_token_seconds: float | None = None
+        self._reads: list[tuple[int, float]] = []  # tokens and seconds, of forks too
+        stream.clock = lambda tokens, seconds: self._reads.append((tokens, seconds))
 
     def fills(self) -> dict[str, float]:
         """How full each tier is, 0 to 1."""
@@ -123,7 +98,7 @@ class Session:
 
     def ask(self, prompt: str) -> Iterator[bytes]:
         """Yield the answer byte by byte. Prompt and answer leave the reading as it is."""
-        self._stream.reads.clear()
+        self._reads.clear()
         began = time.perf_counter() if self._began is None else self._began
         self._began = self._first_token_seconds = None
         for piece in generate(self._stream, prompt, self._sampling):
@@ -151,7 +126,7 @@ class Session:
         figures = self._store.stats.snapshot()
         usage = self._store.usage()
         on_disk = usage["cold"]
-        decode = [seconds for tokens, seconds in self._stream.reads[1:] if tokens == 1]
+        decode = [seconds for tokens, seconds in self._reads[1:] if tokens == 1]
         spec = self._store.spec
         sealed = self.tokens // spec.block_size * self._context.streams
         return Report(
@@ -192,11 +167,11 @@ def begin(args: argparse.Namespace, stack: ExitStack, text: bytes = b"") -> Sess
     config = options.store_config(args)
     sampling = options.sampling(args)
     model = checkpoint.load(args.model).to(config.torch_device)
-    sizes = model.config
-    retrieval = Retrieval(args.top_k or sizes.top_k, sizes.near, sizes.segment)
+    read_with = family_of(model).stream
+    retrieval = read_with.retrieval_of(model.config, args.top_k)
+    layout = read_with.layout(model.config)
     memory = stack.enter_context(PeakMemory())
-    spec = BlockSpec.kv(sizes.block_size, sizes.head_dim, torch.bfloat16)
-    store = stack.enter_context(Store(spec, config))
+    store = stack.enter_context(Store(layout.spec, config))
     name: str | None = getattr(args, "context", None)
     chain, fingerprint = TextChain(), None
     if name is not None:
@@ -209,13 +184,13 @@ def begin(args: argparse.Namespace, stack: ExitStack, text: bytes = b"") -> Sess
         chain = _read_before(store.kept, name, text, fingerprint, made, args.reuse)
     context = store.context(
         name,
-        streams=sizes.retrieving * sizes.heads,
-        landmark_dim=sizes.head_dim,
+        streams=layout.streams,
+        landmark_dim=layout.landmark_dim,
         fingerprint=fingerprint,
     )
     if name is not None:
         context.info |= made
-    return Session(ClockedStream(model, context, retrieval), sampling, memory, chain)
+    return Session(read_with(model, context, retrieval), sampling, memory, chain)
 
 
 def _read_before(
@@ -275,9 +250,10 @@ def resume(args: argparse.Namespace, stack: ExitStack, began: float | None = Non
         raise ValueError(f"context {args.context!r} says no model: `kvstore run` has not made it")
     model = checkpoint.load(args.model or info["model"]).to(config.torch_device)
     context = store.context(args.context, fingerprint=checkpoint.fingerprint(model))
-    retrieval = Retrieval(**info["retrieval"])
+    read_with = family_of(model).stream
+    retrieval = read_with.way(**info["retrieval"])
     chain = TextChain.from_json(info["text"])
-    return Session(ClockedStream(model, context, retrieval), sampling, memory, chain, began)
+    return Session(read_with(model, context, retrieval), sampling, memory, chain, began)
 
 
 def note_asked(args: argparse.Namespace) -> None:

@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch
 from kvstore.cli import session
 from kvstore.cli.text_chain import PAGE, TextChain, TextDigests
 from model import checkpoint
+from model.stream import Stream
 
 Kvstore = Callable[..., Any]
 BLOCK_BYTES = 32 * 16 * 2 * 2
@@ -103,17 +104,17 @@ def test_an_interrupted_run_goes_on(
 ) -> None:
     monkeypatch.setattr(session, "SNAPSHOT", 4096)
     want = keep("whole", *ASKED, "--json", "--no-reuse").figures
-    read, left = session.ClockedStream.read, 4
+    pieces, left = Stream._pieces, 4
 
-    def stop(self: Any, tokens: torch.Tensor) -> torch.Tensor:
+    def stop(self: Any, tokens: torch.Tensor, wanted: int) -> Iterator[torch.Tensor]:
         nonlocal left
         left -= 1
         if left < 0:
             raise KeyboardInterrupt
-        return read(self, tokens)
+        return pieces(self, tokens, wanted)
 
     with monkeypatch.context() as patch:
-        patch.setattr(session.ClockedStream, "read", stop)
+        patch.setattr(Stream, "_pieces", stop)
         assert keep("a", "--no-reuse").code == 130
     assert ask("a").figures["tokens"] == 8192
     ran = keep("a", *ASKED, "--json")
@@ -123,7 +124,7 @@ def test_an_interrupted_run_goes_on(
     assert ran.figures["tokens"] == 10_010
     with monkeypatch.context() as patch:
         left = 1
-        patch.setattr(session.ClockedStream, "read", stop)
+        patch.setattr(Stream, "_pieces", stop)
         other = tmp_path / "other"
         other.write_bytes(b"another text " * 1000)
         assert keep("b", text=other).code == 130

@@ -2,7 +2,7 @@
 
 Takes a model's weights and nothing else of its code. Vectors are complex numbers, a position is a
 phase, and only the distance of a query and a key enters a score. Landmark Attention is written as
-in the paper's formulas; a selection follows the rules that `model.stream.Retrieval` states.
+in the paper's formulas; a selection follows the rules that `landmark_stream.Retrieval` states.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from model.stream import Retrieval
+from model.landmark_stream import Retrieval
 from model.transformer import Transformer
 
 Floats = NDArray[np.float64]

@@ -23,8 +23,8 @@ from kvstore.policy import LRU
 from model import checkpoint, haystack
 from model.config import ModelConfig
 from model.generate import Sampling, generate
+from model.landmark_stream import LandmarkStream, Retrieval
 from model.layers import LocalAttention
-from model.stream import Retrieval, Stream
 from model.transformer import Transformer
 
 NEAR = 1e-5
@@ -111,7 +111,7 @@ def opened(
     dtype: torch.dtype = torch.float32,
     name: str | None = None,
     **tiers: Any,
-) -> Iterator[Stream]:
+) -> Iterator[LandmarkStream]:
     config = model.config
     spec = BlockSpec.kv(config.block_size, config.head_dim, dtype)
     sizes: dict[str, Any] = {"hot": "4MiB", "warm": "1MiB", "cold": "32MiB", "device": "cpu"}
@@ -119,13 +119,13 @@ def opened(
         context = store.context(
             name, streams=config.retrieving * config.heads, landmark_dim=config.head_dim
         )
-        yield Stream(model, context, retrieval)
+        yield LandmarkStream(model, context, retrieval)
         store.check()
         if name is not None:
             context.close()
 
 
-def read_in(stream: Stream, text: bytes, cuts: Sequence[int] = ()) -> Tensor:
+def read_in(stream: LandmarkStream, text: bytes, cuts: Sequence[int] = ()) -> Tensor:
     """Return the logits after every byte, the text being read in pieces of these lengths."""
     ends = np.cumsum([0, *cuts, len(text) - sum(cuts)]).tolist()
     pieces = [tokens_of(text[a:b]) for a, b in pairwise(ends) if a < b]
@@ -551,7 +551,7 @@ def test_a_saved_state_goes_on_exactly(at: int) -> None:
     with opened(MODEL, SELECTIVE) as stream:
         stream.read(tokens_of(text[:at]))
         stream.save_state()
-        again = Stream(MODEL, stream.context, SELECTIVE)
+        again = LandmarkStream(MODEL, stream.context, SELECTIVE)
         assert again.position == at
         assert torch.equal(read_in(again, text[at:]), expected[at:])
 
@@ -585,11 +585,11 @@ def test_a_state_that_is_not_of_all_that_was_read_is_refused() -> None:
     with opened(MODEL, SELECTIVE) as stream:
         stream.read(tokens_of(text_of(43)))
         with pytest.raises(ValueError, match="holds 43 tokens, its state is of 0"):
-            Stream(MODEL, stream.context)
+            LandmarkStream(MODEL, stream.context)
         stream.save_state()
         stream.read(tokens_of(text_of(1)))
         with pytest.raises(ValueError, match="holds 44 tokens, its state is of 43"):
-            Stream(MODEL, stream.context)
+            LandmarkStream(MODEL, stream.context)
 
 
 @pytest.mark.parametrize("wrong", [{"top_k": -1}, {"near": -1}, {"segment": 0}, {"segment": 3}])
@@ -597,9 +597,11 @@ def test_retrievals_that_make_no_sense_are_refused(wrong: dict[str, int]) -> Non
     with opened(MODEL, SELECTIVE) as stream:
         name = next(iter(wrong))
         with pytest.raises(ValueError, match=f"{name} .*must"):
-            Stream(MODEL, stream.context, replace(SELECTIVE, **wrong))  # type: ignore[arg-type]
+            LandmarkStream(MODEL, stream.context, replace(SELECTIVE, **wrong))  # type: ignore[arg-type]
 
 
 def test_a_stream_takes_the_models_own_settings() -> None:
     with opened(MODEL, SELECTIVE) as stream:
-        assert Stream(MODEL, stream.context).retrieval == Retrieval(top_k=2, near=3, segment=8)
+        assert LandmarkStream(MODEL, stream.context).retrieval == Retrieval(
+            top_k=2, near=3, segment=8
+        )

@@ -1,0 +1,333 @@
+"""Grouped Cross Attention (Hu et al., arXiv 2410.01651): chunks are encoded once, and retrieved.
+
+Lower layers see a sliding window. A chunk encoder reads their output, both ways within a chunk: the
+landmark's place becomes the chunk's landmark, the others its keys and values, which all upper
+layers share. The upper layers form groups; each group asks once by a query of its own, and its
+layers attend to the chunks that were found, weighed by the softmax of their scores, so that the
+loss of the language model trains the search. Owns the layers and their training form; the form that
+reads from a store is in gca_stream.py.
+
+In this file S is the tokens of a chunk, P = S + 1 its places, the last one the landmark's.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from model.attention import weighed_attention, wide
+from model.config import VOCABULARY, GCAConfig
+from model.embedding import Embedding
+from model.layers import MLP, LocalAttention, RMSNorm, Rotary, merge_heads, rotate, split_heads
+
+
+class ChunkAttention(nn.Module):
+    """Attention of all places of a chunk to all of them."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
+
+    def forward(self, x: Tensor, rotary: Rotary) -> Tensor:  # [..., N, P, width]
+        q, k, v = (split_heads(t, self.heads) for t in self.qkv(x).chunk(3, dim=-1))
+        table = rotary.table(torch.arange(x.shape[-2], device=x.device), q.dtype)
+        q, k = rotate(q, table), rotate(k, table)
+        return self.out(merge_heads(F.scaled_dot_product_attention(q, k, v)))
+
+
+class EncoderLayer(nn.Module):
+    """One layer of the chunk encoder."""
+
+    def __init__(self, config: GCAConfig) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.width)
+        self.attention = ChunkAttention(config.width, config.heads)
+        self.mlp_norm = RMSNorm(config.width)
+        self.mlp = MLP(config.width, config.mlp_width)
+
+    def forward(self, x: Tensor, rotary: Rotary) -> Tensor:  # [..., N, P, width]
+        x = x + self.attention(self.attention_norm(x), rotary)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Encoder(nn.Module):
+    """Makes of a chunk what the store keeps of it: keys, values and a landmark."""
+
+    def __init__(self, config: GCAConfig) -> None:
+        super().__init__()
+        self.heads = config.heads
+        self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.encoder))
+        self.norm = RMSNorm(config.width)
+        self.keys_values = nn.Linear(config.width, 2 * config.width, bias=False)
+        self.landmark = nn.Linear(config.width, config.landmark_dim, bias=False)
+
+    def forward(self, x: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
+        """[..., N, P, width] -> keys, values [..., N, S, width], landmarks [..., N, dim]."""
+        for layer in self.layers:
+            x = layer(x, rotary)
+        x = self.norm(x)
+        keys, values = self.keys_values(x[..., :-1, :]).chunk(2, dim=-1)
+        return keys, values, self.landmark(x[..., -1, :])
+
+
+class CrossAttention(nn.Module):
+    """What an upper layer asks the chunks that its group has found; without positions."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query = nn.Linear(width, width, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
+
+
+class LowerLayer(nn.Module):
+    """Local attention, then the MLP, each behind a norm and added to the residual stream."""
+
+    def __init__(self, config: GCAConfig) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.width)
+        self.attention = LocalAttention(config.width, config.heads, config.window_blocks)
+        self.mlp_norm = RMSNorm(config.width)
+        self.mlp = MLP(config.width, config.mlp_width)
+
+
+class UpperLayer(LowerLayer):
+    """Local attention, then cross attention, whose output goes into the MLP alone.
+
+    It does not join the residual stream; the authors found that decisive.
+    """
+
+    def __init__(self, config: GCAConfig) -> None:
+        super().__init__(config)
+        self.cross_norm = RMSNorm(config.width)
+        self.cross = CrossAttention(config.width, config.heads)
+
+
+class Group(nn.Module):
+    """Upper layers that share what they found, by the query of the state that comes into them."""
+
+    def __init__(self, config: GCAConfig) -> None:
+        super().__init__()
+        self.norm = RMSNorm(config.width)
+        self.query = nn.Linear(config.width, config.landmark_dim, bias=False)
+        self.layers = nn.ModuleList(UpperLayer(config) for _ in range(config.group_layers))
+
+    def ask(self, x: Tensor) -> Tensor:  # [..., width] -> [..., landmark_dim]
+        """Return the queries of states, times 1 / sqrt(landmark_dim)."""
+        return self.query(self.norm(x)) * self.query.out_features**-0.5
+
+    @property
+    def stack(self) -> list[UpperLayer]:
+        """The layers, from the input up."""
+        return [layer for layer in self.layers if isinstance(layer, UpperLayer)]
+
+
+class Selection:
+    """The chunks that the segments of a batch have found, and their weights.
+
+    chunks: int64 [Q, k], of all chunks of the batch; weights: [Q, k], the softmax of the scores
+    without noise, 0 where there is none. Q segments of rows: [B, N, G].
+    """
+
+    def __init__(self, chunks: Tensor, weights: Tensor) -> None:
+        self.chunks = chunks
+        self.weights = weights
+
+
+class GroupedCrossTransformer(nn.Module):
+    """A byte-level language model whose upper layers retrieve chunks."""
+
+    def __init__(self, config: GCAConfig, *, initialize: bool = True) -> None:
+        """Make a model; initialize: False where the weights are about to be loaded."""
+        super().__init__()
+        self.config = config
+        self.embedding = Embedding(config.width, config.reach)
+        self.lower = nn.ModuleList(LowerLayer(config) for _ in range(config.lower))
+        self.encoder = Encoder(config)
+        self.groups = nn.ModuleList(Group(config) for _ in range(config.groups))
+        self.norm = RMSNorm(config.width)
+        self.head = nn.Linear(config.width, VOCABULARY, bias=False)
+        self.rotary = Rotary(config.head_dim, config.rope_base)
+        if initialize:
+            self._initialize()
+
+    def _initialize(self) -> None:
+        layers = self.config.lower + self.config.groups * self.config.group_layers
+        for name, weight in self.named_parameters():
+            if weight.dim() == 2:
+                std = 0.02 if "embedding" in name else weight.shape[1] ** -0.5
+                if name.endswith(("out.weight", "down.weight")):
+                    std /= (2 * layers) ** 0.5
+                nn.init.normal_(weight, std=std)
+        self._look_back()
+
+    @torch.no_grad()
+    def _look_back(self) -> None:
+        """Start out as a model that looks up where the bytes right before were said, and what came
+        next there: see Transformer._look_back. Here it takes a search, too: a landmark begins as
+        the mean of what its chunk says, and a query as what was said right before.
+        """
+        config = self.config
+        width, dim, reach = config.width, config.head_dim, config.reach
+        letters = torch.randn(VOCABULARY + 1, width) * reach**-0.5  # a byte's vector, anywhere
+        turns = [torch.linalg.qr(torch.randn(width, width))[0] for _ in range(reach + 1)]
+        self.embedding.weight.copy_(torch.cat([letters @ turn for turn in turns[:reach]]))
+        self.head.weight.copy_(letters[:VOCABULARY] @ turns[reach] * width**-0.5)
+        # The landmark's place takes the mean of its chunk.
+        for layer in self.encoder.layers:
+            assert isinstance(layer, EncoderLayer)
+            turn = torch.linalg.qr(torch.randn(width, width))[0]
+            layer.attention.qkv.weight[: 2 * width] *= 0.1
+            layer.attention.qkv.weight[2 * width :] = turn
+            layer.attention.out.weight.copy_(turn.T)
+        looks = torch.randn(reach, config.landmark_dim, width) * width**-0.5
+        about = sum(look @ turns[s] for s, look in enumerate(looks))
+        self.encoder.landmark.weight.copy_(about)
+        keys, values = self.encoder.keys_values.weight.view(2, config.heads, dim, width)
+        looks = torch.randn(config.heads, reach - 1, dim, width) * 0.5 * dim**-0.25
+        says = torch.linalg.qr(torch.randn(width, width))[0]
+        for head in range(config.heads):
+            keys[head] = sum(look @ turns[s + 1] for s, look in enumerate(looks[head]))
+        values.copy_((says @ turns[0]).view_as(values))
+        for group in self.stacks:
+            group.query.weight.copy_(about)
+            for layer in group.stack:
+                query = layer.cross.query.weight.view(config.heads, dim, width)
+                for head in range(config.heads):
+                    query[head] = sum(look @ turns[s] for s, look in enumerate(looks[head]))
+                layer.cross.out.weight.copy_((says @ turns[reach]).T)
+                # gelu(z) - gelu(-z) = z: half of the MLP lets through what was found.
+                size = min(width, config.mlp_width // 2)
+                through = torch.linalg.qr(torch.randn(width, width))[0][:size]
+                up, down = layer.mlp.up.weight, layer.mlp.down.weight
+                up[:size], up[size : 2 * size] = through, -through
+                down[:, :size], down[:, size : 2 * size] = 0.5 * through.T, -0.5 * through.T
+
+    @property
+    def below(self) -> list[LowerLayer]:
+        """The lower layers, from the input up."""
+        return [layer for layer in self.lower if isinstance(layer, LowerLayer)]
+
+    @property
+    def stacks(self) -> list[Group]:
+        """The groups, from the lower layers up."""
+        return [group for group in self.groups if isinstance(group, Group)]
+
+    def forward(
+        self,
+        tokens: Tensor,  # int64 [B, N, S]
+        segment: int | None = None,
+        noise: bool = False,
+        foreign: bool = False,
+        passage: Tensor | None = None,  # int64 [B]
+        apart: Tensor | None = None,  # bool [B, N]
+    ) -> Tensor:  # [B, N, S, 256]
+        """Return next-byte logits of whole sequences, for training.
+
+        segment: tokens that use what the first of them finds; 0: a chunk uses what the landmark of
+        the chunk before finds, as published; None: the configuration's. noise: add Gumbel noise
+        to the scores that select. foreign: the chunks of other sequences may be found too, but
+        those set apart, because nothing tells them from what a text has itself: a short text has
+        few chunks to be confused by, a million tokens have many. passage: sequences with the same
+        number are one text, in order, of which each finds what those before it have.
+        """
+        segment = self.config.segment if segment is None else segment
+        before = self.embedding.nothing().expand(len(tokens), -1)
+        x = self.embedding(tokens, before, landmarks=True)
+        for layer in self.below:
+            x = x + layer.attention(layer.attention_norm(x), self.rotary)
+            x = x + layer.mlp(layer.mlp_norm(x))
+        keys, values, landmarks = self.encoder(x, self.rotary)
+        allowed = _allowed(tokens, foreign, passage, apart)
+        for group in self.stacks:
+            found = self._select(group, x, landmarks, allowed, segment, noise)
+            held = [_gather(t, found.chunks, self.config.heads) for t in (keys, values)]
+            for layer in group.stack:
+                x = x + layer.attention(layer.attention_norm(x), self.rotary)
+                said = self._cross(layer, x, held, found.weights, segment)
+                x = x + layer.mlp(layer.mlp_norm(x + said))
+        return self.head(self.norm(x[..., :-1, :]))
+
+    def _select(
+        self,
+        group: Group,
+        x: Tensor,  # [B, N, P, width]
+        landmarks: Tensor,  # [B, N, dim]
+        allowed: Tensor,  # bool [B * N, B * N]
+        segment: int,
+        noise: bool,
+    ) -> Selection:
+        before = F.pad(x[:, :-1, -1:], (0, 0, 0, 0, 1, 0))  # the landmark's of the chunk before
+        queries = group.ask(x[:, :, :-1:segment] if segment else before)  # [B, N, G, dim]
+        scores = wide(queries.flatten(0, 2) @ landmarks.flatten(0, 1).T)  # [Q, M]
+        seen = allowed.repeat_interleave(queries.shape[2], dim=0)
+        with torch.no_grad():
+            noisy = scores
+            if noise:
+                noisy = noisy - torch.empty_like(noisy).exponential_().log()
+            count = min(self.config.top_k, scores.shape[-1])
+            best, chunks = noisy.masked_fill(~seen, float("-inf")).topk(count, dim=-1)
+        absent = best.isneginf()
+        chosen = scores.gather(-1, chunks).masked_fill(absent, float("-inf"))
+        # A row without any must not become NaN, nor its gradient.
+        chosen = chosen.masked_fill(absent.all(dim=-1, keepdim=True), 0.0)
+        return Selection(chunks, chosen.softmax(dim=-1).masked_fill(absent, 0.0))
+
+    def _cross(
+        self,
+        layer: UpperLayer,
+        x: Tensor,  # [B, N, P, width]
+        held: list[Tensor],  # keys, values [Q * heads, k * S, D]
+        weights: Tensor,  # [Q, k]
+        segment: int,
+    ) -> Tensor:  # [B, N, P, width]
+        config = self.config
+        q = split_heads(layer.cross.query(layer.cross_norm(x)), config.heads)  # [B, H, N, P, D]
+        q = q * config.head_dim**-0.5
+        rows = segment or config.block_size
+        # Each segment has a row more: the landmark's, which is of the last one.
+        tokens = q[..., :-1, :].unflatten(-2, (-1, rows))  # [B, H, N, G, rows, D]
+        landmark = q[..., None, -1:, :].expand(*tokens.shape[:-2], 1, -1)
+        q = torch.cat((tokens, landmark), dim=-2).permute(0, 2, 3, 1, 4, 5)  # [B, N, G, H, R, D]
+        out = weighed_attention(
+            q.reshape(-1, config.heads, rows + 1, config.head_dim), held[0], held[1], weights
+        )
+        out = out.unflatten(0, (*x.shape[:2], -1)).permute(0, 1, 2, 4, 3, 5).flatten(-2)
+        out = torch.cat((out[..., :-1, :].flatten(2, 3), out[:, :, -1, -1:]), dim=2)
+        return layer.cross.out(out)
+
+
+def _allowed(
+    tokens: Tensor,  # [B, N, S]
+    foreign: bool,
+    passage: Tensor | None,
+    apart: Tensor | None,
+) -> Tensor:  # bool [B * N, B * N]
+    """Which chunks the tokens of a chunk may find: those before it, and of other sequences."""
+    sequences, chunks = tokens.shape[:2]
+    sequence = torch.arange(sequences, device=tokens.device).repeat_interleave(chunks)
+    number = torch.arange(chunks, device=tokens.device).repeat(sequences)
+    own = sequence[:, None] == sequence
+    seen = own & (number[:, None] > number)
+    if not foreign:
+        return seen
+    other = ~own
+    if passage is not None:
+        passage = passage.repeat_interleave(chunks)
+        same = passage[:, None] == passage
+        other = other & (~same | (sequence[:, None] > sequence))
+    if apart is not None:
+        other = other & ~apart.flatten()
+    return seen | other
+
+
+def _gather(x: Tensor, chunks: Tensor, heads: int) -> Tensor:
+    """[B, N, S, width], int64 [Q, k] -> [Q * heads, k * S, D]."""
+    x = x.flatten(0, 1).unflatten(-1, (heads, -1)).transpose(1, 2)  # [B * N, H, S, D]
+    size, dim = x.shape[-2:]
+    rows = chunks[:, None] * heads + torch.arange(heads, device=x.device)[:, None]  # [Q, H, k]
+    found = x.reshape(-1, size, dim).index_select(0, rows.flatten())
+    return found.view(rows.shape[0] * heads, -1, dim)

@@ -1,0 +1,218 @@
+"""Grouped Cross Attention read through a store: the same logits as over the whole text at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kvstore import BlockSpec, IndexConfig, Plane, Store, StoreConfig
+from kvstore.errors import HotTierTooSmallError
+from model.config import GCAConfig
+from model.gca import GroupedCrossTransformer
+from model.gca_stream import ChunkRetrieval, GCAStream
+from model.generate import Sampling, generate, prefill
+
+CONFIG = GCAConfig(
+    width=32,
+    heads=2,
+    lower=1,
+    groups=2,
+    group_layers=2,
+    mlp_width=64,
+    block_size=8,
+    landmark_dim=8,
+    top_k=3,
+    segment=4,
+)
+SIZE = CONFIG.block_size
+
+
+def make(seed: int = 0) -> GroupedCrossTransformer:
+    torch.manual_seed(seed)
+    model = GroupedCrossTransformer(CONFIG).eval().requires_grad_(False)
+    for name, weight in model.named_parameters():
+        weight.add_(torch.randn_like(weight) * 0.1)
+        if "query" in name or "landmark" in name:
+            weight.mul_(2.0)
+    return model
+
+
+MODEL = make()
+
+
+@contextmanager
+def opened(
+    retrieval: ChunkRetrieval | None = None, hot: int = 64, kind: str = "exact"
+) -> Iterator[GCAStream]:
+    """A stream on a store that rounds nothing."""
+    layout = GCAStream.layout(CONFIG)
+    planes = tuple(Plane(p.name, p.shape, torch.float32) for p in layout.spec.planes)
+    spec = BlockSpec(planes)
+    index = IndexConfig(kind=kind)  # type: ignore[arg-type]
+    config = StoreConfig(hot=hot * spec.nbytes, warm="1MiB", device="cpu", index=index)
+    with Store(spec, config) as store:
+        context = store.context(streams=1, landmark_dim=layout.landmark_dim)
+        yield GCAStream(MODEL, context, retrieval)
+
+
+def text_of(length: int, seed: int = 0) -> Tensor:
+    return torch.randint(0, 256, (length,), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def at_once(text: Tensor, segment: int) -> Tensor:
+    """The logits of the training form; a text is filled up to whole chunks."""
+    padded = torch.cat((text, text.new_zeros(-len(text) % SIZE)))
+    logits: Tensor = MODEL(padded.view(1, -1, SIZE), segment)
+    return logits[0].flatten(0, 1)[: len(text)]
+
+
+def scored(stream: GCAStream, text: Tensor, cuts: Sequence[int] = ()) -> Tensor:
+    ends = [0, *sorted(c for c in cuts if 0 < c < len(text)), len(text)]
+    parts = [stream.score(text[a:b]) for a, b in pairwise(ends) if b > a]
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("segment", [0, 1, 2, 4, 8])
+def test_whole_and_token_by_token_are_the_same(segment: int) -> None:
+    text = text_of(13 * SIZE + 5)
+    wanted = at_once(text, segment)
+    for cuts in ([], range(len(text)), range(0, len(text), SIZE), range(3, len(text), 7)):
+        with opened(ChunkRetrieval(3, segment)) as stream:
+            got = scored(stream, text, list(cuts))
+        assert (got - wanted).abs().max() < 2e-4, (segment, cuts)
+    assert wanted.std() > 0.1
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    length=st.integers(1, 120),
+    segment=st.sampled_from([0, 1, 2, 4, 8]),
+    cuts=st.lists(st.integers(1, 119), max_size=8),
+    seed=st.integers(0, 50),
+)
+def test_however_the_text_is_cut(length: int, segment: int, cuts: list[int], seed: int) -> None:
+    text = text_of(length, seed)
+    with opened(ChunkRetrieval(3, segment)) as stream:
+        got = scored(stream, text, cuts)
+    assert (got - at_once(text, segment)).abs().max() < 2e-4
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    pieces=st.lists(st.tuples(st.integers(1, 60), st.sampled_from("rsl")), min_size=1, max_size=8),
+    segment=st.sampled_from([0, 1, 2, 4, 8]),
+)
+def test_reading_without_predictions_changes_none(
+    pieces: list[tuple[int, str]], segment: int
+) -> None:
+    """The upper layers wait while nothing is asked for; r: one prediction, s: none, l: all."""
+    text = text_of(sum(n for n, _ in pieces))
+    wanted = at_once(text, segment)
+    with opened(ChunkRetrieval(3, segment)) as stream:
+        at = 0
+        for n, how in pieces:
+            part = text[at : at + n]
+            at += n
+            if how == "s":
+                stream.skim(part)
+            elif how == "r":
+                assert (stream.read(part) - wanted[at - 1]).abs().max() < 2e-4
+            else:
+                assert (stream.score(part) - wanted[at - n : at]).abs().max() < 2e-4
+        stream = stream.fork()
+        assert stream.position == len(text)
+
+
+def test_what_waits_is_bounded() -> None:
+    with opened() as stream:
+        for _ in range(5):
+            stream.skim(text_of(50 * SIZE))
+        most = 1 + stream._upper_layers * CONFIG.window_blocks
+        assert len(stream._waiting) <= most * (SIZE + 1)
+        assert stream.store.stats.lookups == 0  # nothing was fetched
+        stream.read(text_of(3))
+        assert len(stream._waiting) == 0
+        assert stream.store.stats.lookups > 0
+
+
+def test_a_fork_goes_on_from_the_same_place_and_leaves_it_alone() -> None:
+    text, more = text_of(20 * SIZE + 3), text_of(2 * SIZE, 1)
+    for read in (GCAStream.skim, GCAStream.read):
+        with opened() as stream:
+            read(stream, text)
+            asker = stream.fork()
+            asker.retrieval = replace(asker.retrieval, segment=1)
+            first = asker.score(more)
+            asker.context.close()
+            again = stream.fork()
+            again.retrieval = replace(again.retrieval, segment=1, top_k=2)
+            again.retrieval = replace(again.retrieval, top_k=3)
+            assert torch.equal(again.score(more), first)
+            both = torch.cat((text, more))
+            assert (stream.score(more) - at_once(both, 4)[len(text) :]).abs().max() < 2e-4
+
+
+def test_more_or_fewer_chunks_from_the_middle_of_a_segment_on() -> None:
+    with opened() as stream:
+        stream.read(text_of(20 * SIZE + 2))
+        for k in (1, 5, 2):
+            stream.retrieval = replace(stream.retrieval, top_k=k)
+            assert stream.read(text_of(1)).isfinite().all()
+
+
+@pytest.mark.parametrize("how", ["search", "recent", "random"])
+def test_ways_to_retrieve(how: str) -> None:
+    text = text_of(30 * SIZE)
+    with opened(ChunkRetrieval(3, 4, how)) as stream:
+        got = stream.score(text)
+    same = (got - at_once(text, 4)).abs().max() < 2e-4
+    assert same == (how == "search")
+    assert got.isfinite().all()
+
+
+def test_one_chunk_is_found_among_many() -> None:
+    """A search over HNSW and one over all landmarks say the same."""
+    text = text_of(400 * SIZE)
+    logits = []
+    for kind in ("exact", "hnsw"):
+        with opened(kind=kind) as stream:
+            stream.skim(text)
+            logits.append(stream.read(text_of(5, 2)))
+    assert (logits[0] - logits[1]).abs().max() < 1e-5
+
+
+def test_what_is_refused() -> None:
+    with opened() as stream, pytest.raises(ValueError, match="must divide the block size 8"):
+        stream.retrieval = ChunkRetrieval(3, 3)
+    with pytest.raises(HotTierTooSmallError, match="give hot at least"), opened(hot=2):
+        pass
+    for wrong in ({"top_k": 0}, {"segment": -1}, {"how": "never"}):
+        with pytest.raises(ValueError, match=str(next(iter(wrong.values())))):
+            replace(ChunkRetrieval(3, 4), **wrong)  # type: ignore[arg-type]
+
+
+def test_a_hot_tier_of_one_selection_suffices(tmp_path: Path) -> None:
+    text = text_of(40 * SIZE)
+    with opened(hot=3) as stream:
+        got = stream.score(text)
+    assert (got - at_once(text, 4)).abs().max() < 2e-4
+
+
+def test_a_prompt_is_answered() -> None:
+    with opened() as stream:
+        prefill(stream, bytes(text_of(5000).tolist()))
+        answers = [
+            b"".join(generate(stream, "What?", Sampling(max_new_tokens=12))) for _ in range(2)
+        ]
+        assert answers[0] == answers[1]
+        assert len(answers[0]) == 12

@@ -2,9 +2,10 @@
 
 Every reading hides a new key at a new depth in text that was not trained on: the validation novel
 (with --corpus), library source, random words, in turn. The same reading is then asked twice more
-as a control: with no blocks retrieved (k = 0), and with the nearest blocks in place of a search
-(window only). At the shortest length the key is also said and asked for in other ways, and hidden
-in random bytes and in another alphabet's letters.
+as a control: Landmark Attention with no blocks retrieved (k = 0) and with the nearest blocks in
+place of a search (window only), Grouped Cross Attention with the nearest chunks and with random
+ones. At the shortest length the key is also said and asked for in other ways, and hidden in random
+bytes and in another alphabet's letters.
 
 python -m bench.passkey --model landmark --corpus texts
 """
@@ -16,7 +17,7 @@ import json
 import multiprocessing
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -92,8 +93,7 @@ def read_once(job: Job) -> dict[str, Any]:
         seconds = time.perf_counter() - began
         ways = {"retrieval": stream.retrieval}
         if job.controls:
-            ways["k=0"] = replace(stream.retrieval, top_k=0, near=0)
-            ways["window only"] = replace(stream.retrieval, search=False)
+            ways |= stream.controls(stream.retrieval)
         right = {}
         for name, way in ways.items():
             stream.retrieval = way

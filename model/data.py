@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from model import keys
+
 Bytes = NDArray[np.uint8]
 
 QUESTIONS = (" What is the pass key? The pass key is", " The pass key is")
@@ -182,7 +184,9 @@ class Tasks:
     Needles hidden in filler and asked for at the end; distant excerpts of one text that say the
     same name, or one thing twice, so that it pays to look back; plain text.
 
-    needles: share of the first kind; mentions: share of the second kind among the others;
+    needles: share of the first kind; named: share of those with several keys that have names, all
+    asked for; hops: share of these keys that are said to be another's.
+    mentions: share of the second kind among the others;
     repeats: share of things said twice in the second kind; gibberish: share of random words in
     those, which nothing but looking back can predict.
     """
@@ -195,6 +199,8 @@ class Tasks:
         repeats: float = 0.25,
         gibberish: float = 0.0,
         answer_weight: float = 8.0,
+        named: float = 0.0,
+        hops: float = 0.0,
     ) -> None:
         self.corpus = corpus
         self.needles = needles
@@ -202,6 +208,8 @@ class Tasks:
         self.repeats = repeats
         self.gibberish = gibberish
         self.answer_weight = answer_weight
+        self.named = named
+        self.hops = hops
 
     def filler(self, rng: np.random.Generator, length: int) -> tuple[Bytes, float]:
         """Return filler and what its bytes weigh in the loss (random ones cannot be learnt)."""
@@ -221,6 +229,8 @@ class Tasks:
     def sample(self, rng: np.random.Generator, length: int) -> Sample:
         """Draw one sample of `length` bytes."""
         if rng.random() < self.needles:
+            if self.named and rng.random() < self.named:
+                return self.hide_named(rng, length)
             return self.hide(rng, length)
         if self.mentions and rng.random() < self.mentions:
             return self._again(rng, length)
@@ -280,6 +290,49 @@ class Tasks:
             np.concatenate([np.full(len(data), said) for data, _, said in pieces]),
             answer=slice(at + 1, at + 1 + len(number)),
             asked=slice(at - len(question), at + 1),
+        )
+
+    def hide_named(self, rng: np.random.Generator, length: int) -> Sample:
+        """Hide keys that have names at random places and ask for some of them at the end."""
+        for count in range(int(rng.integers(2, 3 + length // 256)), 0, -1):
+            sample = self._named(rng, length, count)
+            if sample is not None:
+                return sample
+        return self.hide(rng, length)  # a text too short for any
+
+    def _named(self, rng: np.random.Generator, length: int, count: int) -> Sample | None:
+        """Hide so many keys, and ask for some; None where they do not fit."""
+        names = keys.draw_names(rng, count)
+        numbers = dict(zip(names, rng.integers(10000, 100000, count).tolist(), strict=True))
+        hidden = [keys.say(name, number) for name, number in numbers.items()]
+        referring = [n for n in keys.draw_names(rng, count) if rng.random() < self.hops]
+        for name in [n for n in referring if n not in numbers]:
+            other = names[rng.integers(count)]
+            hidden.append(keys.refer(name, other))
+            numbers[name] = numbers[other]
+        asked = rng.permutation(sorted(numbers))[: 1 + length // 256].tolist()
+        said = [(keys.ask(name), f" {numbers[name]}.") for name in asked]
+        end = sum(len(part) for pair in said for part in pair)
+        room = length - end - sum(map(len, hidden))
+        if room < 0:
+            return None
+        filler, weight = self.filler(rng, room)
+        cuts = np.sort(rng.integers(0, room + 1, len(hidden)))
+        pieces: list[tuple[Bytes, float]] = []
+        start = 0
+        for cut, index in zip(cuts, rng.permutation(len(hidden)), strict=True):
+            pieces.append((filler[start:cut], weight))
+            pieces.append((np.frombuffer(hidden[index].encode(), np.uint8), 0.3))
+            start = cut
+        pieces.append((filler[start:], weight))
+        for question, answer in said:
+            pieces.append((np.frombuffer(question.encode(), np.uint8), 0.3))
+            pieces.append((np.frombuffer(answer.encode(), np.uint8), self.answer_weight))
+        return Sample(
+            np.concatenate([data for data, _ in pieces]),
+            np.concatenate([np.full(len(data), each, np.float32) for data, each in pieces]),
+            np.zeros(length, bool),  # the names tell them from what other texts say
+            answer=slice(length - 6, length - 1),
         )
 
     def _saying(self, rng: np.random.Generator, name: str, number: str) -> str:

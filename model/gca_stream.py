@@ -7,7 +7,7 @@ to: while a text is read they wait, and run over its last chunks when a predicti
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -69,6 +69,11 @@ class GCAStream(Stream):
     def most_blocks(config: GCAConfig, retrieval: ChunkRetrieval) -> int:
         """Return how many blocks one selection has at most."""
         return retrieval.top_k
+
+    @staticmethod
+    def controls(retrieval: ChunkRetrieval) -> dict[str, ChunkRetrieval]:
+        """Return ways to do without the search that is measured, by name."""
+        return {how: replace(retrieval, how=how) for how in ("recent", "random")}
 
     @property
     def _local_layers(self) -> int:

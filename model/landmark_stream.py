@@ -8,7 +8,7 @@ layers.py, the bytes are the store's.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -67,6 +67,14 @@ class LandmarkStream(Stream):
     def most_blocks(config: ModelConfig, retrieval: Retrieval) -> int:
         """Return how many blocks one selection has at most: each head its own."""
         return config.heads * (retrieval.near + retrieval.top_k)
+
+    @staticmethod
+    def controls(retrieval: Retrieval) -> dict[str, Retrieval]:
+        """Return ways to do without the search that is measured, by name."""
+        return {
+            "k=0": replace(retrieval, top_k=0, near=0),
+            "window only": replace(retrieval, search=False),
+        }
 
     @property
     def _local_layers(self) -> int:

@@ -104,6 +104,11 @@ class Stream(ABC):
     def most_blocks(config: Any, retrieval: Any) -> int:
         """Return how many blocks one selection has at most."""
 
+    @staticmethod
+    @abstractmethod
+    def controls(retrieval: Any) -> dict[str, Any]:
+        """Return ways to do without the search that is measured, by name."""
+
     def __init__(
         self,
         model: Any,

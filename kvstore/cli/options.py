@@ -37,7 +37,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         "--top-k",
         metavar="K",
         type=whole(1, 2**20),
-        help="older blocks that each head finds, beside the near ones (default: the model's own)",
+        help="blocks that each search of the model finds (default: the model's own)",
     )
     model.add_argument(
         "--index",

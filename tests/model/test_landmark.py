@@ -16,7 +16,7 @@ from torch import Tensor
 from model.config import ModelConfig
 from model.landmark import LandmarkAttention, grouped_softmax_attention
 from model.layers import Rotary
-from model.train import loss_of
+from model.train_landmark import loss_of
 from model.transformer import Transformer
 
 NEAR = 1e-9

@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,18 +15,27 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from model import checkpoint, train
-from model.config import ModelConfig
+from model import checkpoint, train, train_landmark
+from model.config import GCAConfig, ModelConfig
 from model.data import Sample, Tasks
-from model.train import Stage, gating_at, learning_rate, loss_of, stage_of
+from model.stages import Stage, gating_at, learning_rate, stage_of
+from model.train_landmark import loss_of
 from model.transformer import Transformer
 
-SHIPPED = train.CURRICULUM
+SHIPPED = train.RECIPES["landmark"].curriculum
 CURRICULUM = (
     Stage(70, 128, 2, gating=0.5, needles=0.6, mentions=0.0),
     Stage(50, 160, 3, distractors=1, chain=2, needles=0.5, mentions=0.5),
 )
 TINY = {"width": 16, "heads": 2, "layers": "lr", "mlp_width": 16, "top_k": 2}
+
+
+RECIPE = replace(
+    train.RECIPES["landmark"],
+    curriculum=CURRICULUM,
+    config=lambda: ModelConfig(**TINY),  # type: ignore[arg-type]
+)
+QUICK = replace(RECIPE, examine=lambda model, text, seed: {"examined": True})
 
 
 class StoppedError(Exception):
@@ -35,8 +45,7 @@ class StoppedError(Exception):
 @pytest.fixture(scope="module", autouse=True)
 def _tiny() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "ModelConfig", lambda family: ModelConfig(family=family, **TINY))
-        patch.setattr(train, "CURRICULUM", CURRICULUM)
+        patch.setitem(train.RECIPES, "landmark", RECIPE)
         yield
 
 
@@ -60,7 +69,7 @@ def setting(texts: Path, folder: Path) -> argparse.Namespace:
 
 @pytest.fixture
 def arguments(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> argparse.Namespace:
-    monkeypatch.setattr(train, "examine", lambda model, text, seed: {"examined": True})
+    monkeypatch.setitem(train.RECIPES, "landmark", QUICK)
     return setting(texts, tmp_path)
 
 
@@ -69,7 +78,7 @@ def whole(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> argparse.Nam
     """A run from beginning to end in one go."""
     arguments = setting(texts, tmp_path_factory.mktemp("whole"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "examine", lambda model, text, seed: {"examined": True})
+        patch.setitem(train.RECIPES, "landmark", QUICK)
         train.train(arguments)
     return arguments
 
@@ -249,7 +258,7 @@ def test_blocks_that_speak_of_needles_are_set_apart() -> None:
         Sample(text + i, np.full(96, 0.5 * i, np.float32), row, None, asked, passage=7 - i)
         for i, (row, asked) in enumerate(zip(said, (None, slice(30, 33), None), strict=True))
     ]
-    x, weight, passage, apart, asking = train.tensors(samples, 32, torch.device("cpu"))
+    x, weight, passage, apart, asking = train_landmark.tensors(samples, 32, torch.device("cpu"))
     assert x.dtype == torch.int64
     assert x[2].tolist() == list(range(2, 98))
     assert weight[:, 0].tolist() == [0.0, 0.5, 1.0]
@@ -265,8 +274,8 @@ def test_the_examination_reports_bits_needles_and_margins() -> None:
     held_out = np.frombuffer(
         b"It was the best of times, it was the worst of times. " * 60, np.uint8
     )
-    report = train.examine(model, held_out, 0)
-    assert report == train.examine(model, held_out, 0)
+    report = train_landmark.examine(model, held_out, 0)
+    assert report == train_landmark.examine(model, held_out, 0)
     assert 7 < report["bits_per_byte_512"] < 12  # of an untrained model
     assert report["found_512"] == report["found_1024"] == 0
     assert set(report["margin"]) == {"layer0.head0", "layer0.head1"}
@@ -292,7 +301,43 @@ def test_a_needle_said_right_before_the_question_has_no_margin() -> None:
         Sample(sample, np.ones(512, np.float32), np.zeros(512, bool), answer)
         for sample in (told, late)
     ]
-    held_out = train._Excerpts(text)
+    held_out = train_landmark._Excerpts(text)
     with torch.no_grad():
-        both = train._margins(model, held_out, samples)
-        assert both == train._margins(model, held_out, samples[:1])
+        both = train_landmark._margins(model, held_out, samples)
+        assert both == train_landmark._margins(model, held_out, samples[:1])
+
+
+def test_grouped_cross_attention_is_trained_by_the_same_loop(
+    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With noise in what it selects, and stopped midway."""
+    config = GCAConfig(
+        width=16, heads=2, lower=1, groups=2, mlp_width=32, block_size=16, landmark_dim=8, top_k=2,
+        segment=8,
+    )  # fmt: skip
+    mixture = {"needles": 0.6, "named": 0.5, "hops": 0.5}
+    curriculum = (
+        Stage(40, 256, 2, **mixture),  # type: ignore[arg-type]
+        Stage(25, 320, 2, distractors=1, **mixture),  # type: ignore[arg-type]
+    )
+    recipe = replace(train.RECIPES["gca"], curriculum=curriculum, config=lambda: config)
+    quick = replace(recipe, examine=QUICK.examine)
+    monkeypatch.setitem(train.RECIPES, "gca", quick)
+    runs = []
+    for name, stop in (("whole", None), ("stopped", 57)):
+        arguments = setting(texts, tmp_path / name)
+        arguments.family = "gca"
+        if stop:
+            train_until(stop, arguments)
+            torch.randn(7)
+        train.train(arguments)
+        runs.append(arguments)
+    assert losses(runs[0]) == losses(runs[1])
+    assert_same_weights(runs[0].out, runs[1].out)
+    model = checkpoint.load(str(runs[0].out))
+    assert model.config == config
+    held_out = np.frombuffer((texts / "moby_dick.txt").read_bytes(), np.uint8)
+    report = recipe.examine(model, held_out, 0)
+    assert report == recipe.examine(model, held_out, 0)
+    assert report["bits_per_byte_1024"] < 8.5
+    assert {"found_pass_key", "found_named", "found_two_hops"} <= report.keys()

@@ -1,0 +1,44 @@
+"""Pass keys that have names, and such as are another's: how they are said and asked for.
+
+Owns the words. Where they are hidden is data.py's and haystack.py's business.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+_CONSONANTS = "bdfgjklmnprstvz"
+_VOWELS = "aeiou"
+
+
+def draw_name(rng: np.random.Generator) -> str:
+    """Draw one of 421,875 names of three syllables, like "velora"."""
+    return "".join(
+        _CONSONANTS[rng.integers(len(_CONSONANTS))] + _VOWELS[rng.integers(len(_VOWELS))]
+        for _ in range(3)
+    )
+
+
+def draw_names(rng: np.random.Generator, count: int) -> list[str]:
+    """Draw different names."""
+    names: list[str] = []
+    while len(names) < count:
+        name = draw_name(rng)
+        if name not in names:
+            names.append(name)
+    return names
+
+
+def say(name: str, number: int) -> str:
+    """Return the sentence that hides a named key of five digits."""
+    return f" The pass key of {name} is {number}. Remember it. {number} is the key of {name}. "
+
+
+def refer(name: str, other: str) -> str:
+    """Return the sentence that says where else a key is found: two hops from the question."""
+    return f" The pass key of {name} is that of {other}. Remember it. "
+
+
+def ask(name: str) -> str:
+    """Return the question, up to where the number is the answer."""
+    return f" What is the pass key of {name}? The pass key of {name} is"

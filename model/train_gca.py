@@ -1,0 +1,133 @@
+"""How Grouped Cross Attention is trained: the curriculum, the loss, and what is watched."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from model.config import GCAConfig
+from model.data import Bytes, Sample, Tasks
+from model.recipe import Recipe
+from model.stages import Stage, stage_of
+
+_MIXTURE = {"needles": 0.6, "mentions": 0.6, "repeats": 0.6, "named": 0.6, "hops": 0.5}
+
+CURRICULUM = (
+    Stage(400, 512, 16, **_MIXTURE),  # type: ignore[arg-type]
+    Stage(3600, 1024, 8, distractors=1, **_MIXTURE),  # type: ignore[arg-type]
+    Stage(1000, 4096, 2, distractors=1, **_MIXTURE),  # type: ignore[arg-type]
+)
+"""With distractors, the chunks of the other sequences of a batch may be found, too."""
+
+_BY_CHUNK = 5  # every so many steps a chunk uses what the landmark before it finds
+
+
+def loss_of(
+    model: Any,
+    text: Tensor,  # int64 [B, length]
+    weight: Tensor,  # float32 [B, length]
+    segment: int | None = None,
+    noise: bool = False,
+    foreign: bool = False,
+    passage: Tensor | None = None,  # int64 [B]
+    apart: Tensor | None = None,  # bool [B, N]
+) -> Tensor:
+    """Return the weighted mean cross entropy, nats a byte; see GroupedCrossTransformer.forward."""
+    chunks = text.unflatten(1, (-1, model.config.block_size))
+    with torch.autocast(text.device.type, torch.bfloat16):
+        logits = model(chunks, segment, noise, foreign, passage, apart)
+    logits = logits.float().flatten(1, 2)[:, :-1]
+    loss = F.cross_entropy(logits.flatten(0, 1), text[:, 1:].flatten(), reduction="none")
+    weight = weight[:, 1:].flatten()
+    return (loss * weight).sum() / weight.sum()
+
+
+def _step_loss(
+    forward: Any, samples: list[Sample], step: int, curriculum: tuple[Stage, ...]
+) -> Tensor:
+    device = next(forward.parameters()).device
+    text = torch.from_numpy(np.stack([s.text for s in samples]).astype(np.int64)).to(device)
+    weight = torch.from_numpy(np.stack([s.weight for s in samples])).to(device)
+    said = torch.from_numpy(np.stack([s.said for s in samples])).to(device)
+    passage = torch.tensor([s.passage for s in samples], device=device)
+    apart = said.unflatten(1, (-1, forward.config.block_size)).any(dim=-1)
+    segment = 0 if step % _BY_CHUNK == _BY_CHUNK - 1 else forward.config.segment
+    foreign = bool(stage_of(step, curriculum).distractors)
+    return loss_of(forward, text, weight, segment, True, foreign, passage, apart)
+
+
+class _Filler(Tasks):
+    """Tasks whose filler is held-out text."""
+
+    def __init__(self, text: Bytes) -> None:
+        super().__init__(_Excerpts(text), needles=1.0)  # type: ignore[arg-type]
+
+    def filler(self, rng: np.random.Generator, length: int) -> tuple[Bytes, float]:
+        return self.corpus.window(rng, length), 1.0
+
+
+class _Excerpts:
+    """A held-out text, as a corpus."""
+
+    def __init__(self, text: Bytes) -> None:
+        self.text = text
+
+    def window(self, rng: np.random.Generator, length: int) -> Bytes:
+        start = rng.integers(0, len(self.text) - length)
+        return self.text[start : start + length]
+
+
+@torch.no_grad()
+def examine(model: Any, held_out: np.ndarray, seed: int) -> dict[str, Any]:
+    """Measure on text not trained on: bits a byte, and of pass keys, named keys and such as are
+    another's the share that is found among the chunks of 16 texts of 1,024 bytes."""
+    rng = np.random.default_rng([seed, 1 << 20])
+    device = next(model.parameters()).device
+    tasks = _Filler(held_out)
+    text = np.stack([tasks.corpus.window(rng, 1024) for _ in range(16)]).astype(np.int64)
+    x = torch.from_numpy(text).to(device)
+    nats = loss_of(model, x, torch.ones(x.shape, device=device))
+    report: dict[str, Any] = {"bits_per_byte_1024": round(float(nats) / math.log(2), 4)}
+    for name in ("pass key", "named", "two hops"):
+        samples = [_draw(tasks, rng, name) for _ in range(32)]
+        report[f"found_{name.replace(' ', '_')}"] = _share_found(model, samples)
+    return report
+
+
+def _draw(tasks: Tasks, rng: np.random.Generator, kind: str) -> Sample:
+    tasks.hops = float(kind == "two hops")
+    while True:
+        sample = tasks.hide(rng, 1024) if kind == "pass key" else tasks.hide_named(rng, 1024)
+        assert sample.answer is not None
+        before = bytes(sample.text[: sample.answer.start - 1])
+        if kind == "pass key":
+            if before.endswith(b" pass key is"):
+                return sample
+            continue
+        name = before.rsplit(b" of ", 1)[-1].removesuffix(b" is")
+        if (b"key of " + name + b" is that of" in before) == (kind == "two hops"):
+            return sample
+
+
+def _share_found(model: Any, samples: list[Sample]) -> float:
+    device, found = next(model.parameters()).device, 0
+    for first in range(0, len(samples), 16):
+        some = samples[first : first + 16]
+        x = torch.from_numpy(np.stack([s.text for s in some]).astype(np.int64)).to(device)
+        said = torch.from_numpy(np.stack([s.said for s in some])).to(device)
+        apart = said.unflatten(1, (-1, model.config.block_size)).any(dim=-1)
+        chunks = x.unflatten(1, (-1, model.config.block_size))
+        guess = model(chunks, foreign=True, apart=apart).flatten(1, 2).argmax(-1)
+        for row, wanted, sample in zip(guess, x, some, strict=True):
+            assert sample.answer is not None
+            start, stop = sample.answer.start, sample.answer.stop
+            found += bool((row[start - 1 : stop - 1] == wanted[start:stop]).all())
+    return found / len(samples)
+
+
+RECIPE = Recipe(CURRICULUM, GCAConfig, _step_loss, examine)

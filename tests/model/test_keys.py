@@ -1,0 +1,58 @@
+"""Pass keys with names: what is hidden can be found, and by nothing but its name."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+
+from model import keys
+from model.data import Sample, Tasks
+
+
+class Dots:
+    """A corpus of full stops."""
+
+    def window(self, rng: np.random.Generator, length: int) -> np.ndarray:
+        return np.full(length, ord("."), np.uint8)
+
+
+def draw(seed: int, hops: float, length: int = 1024) -> Sample:
+    tasks = Tasks(Dots(), needles=1.0, named=1.0, hops=hops)  # type: ignore[arg-type]
+    tasks.filler = lambda rng, length: (Dots().window(rng, length), 1.0)  # type: ignore[method-assign]
+    return tasks.hide_named(np.random.default_rng(seed), length)
+
+
+def test_names_are_all_different() -> None:
+    names = keys.draw_names(np.random.default_rng(0), 500)
+    assert len(set(names)) == 500
+    assert all(re.fullmatch("([bdfgjklmnprstvz][aeiou]){3}", name) for name in names)
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("hops", [0.0, 0.5, 1.0])
+def test_every_answer_follows_from_what_is_hidden(seed: int, hops: float) -> None:
+    sample = draw(seed, hops)
+    text = bytes(sample.text).decode()
+    assert len(text) == 1024 == len(sample.weight) == len(sample.said)
+    number = dict(re.findall(r"The pass key of (\w+) is (\d{5})\. Remember it\.", text))
+    other = dict(re.findall(r"The pass key of (\w+) is that of (\w+)\.", text))
+    assert bool(other) == (hops > 0)
+    assert not number.keys() & other.keys()
+    asked = re.findall(r"What is the pass key of (\w+)\? The pass key of (\w+) is (\d{5})\.", text)
+    assert asked
+    for name, again, answer in asked:
+        assert name == again
+        assert answer == number[other.get(name, name)]
+    assert sample.answer is not None
+    assert bytes(sample.text[sample.answer]).decode() == asked[-1][2]
+    heavy = bytes(sample.text[sample.weight == 8.0]).decode()
+    assert heavy == "".join(f" {answer}." for *_, answer in asked)
+
+
+def test_a_text_too_short_for_names_has_one_key_without() -> None:
+    text = bytes(draw(0, 1.0, length=128).text)
+    assert len(text) == 128
+    assert b" is" in text
+    assert b" of " not in text.split(b"?")[0]

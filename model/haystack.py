@@ -5,10 +5,12 @@ from __future__ import annotations
 import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
+from model import keys
 from model.data import QUESTIONS, needle
 
 _TESTS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
@@ -112,6 +114,34 @@ def hide(
     text = filler(room, seed)
     at = round(room * depth)
     return Haystack(text[:at] + hidden + text[at:], number, question)
+
+
+def hide_keys(
+    filler: Callable[[int, int], bytes], tokens: int, seed: int, count: int, hops: int = 1
+) -> tuple[bytes, list[Haystack]]:
+    """Hide named pass keys at random places in `tokens` bytes of filler, and nothing else.
+
+    hops: 1, or 2: each name's key is said to be another name's, whose number is said elsewhere.
+    Returns the text, and for each name the question and its number (with no text). Raises
+    ValueError if the keys do not fit.
+    """
+    rng = np.random.default_rng([seed, 6])
+    names = keys.draw_names(rng, count * hops)
+    asked, holding = names[:count], names[-count:]
+    numbers = rng.integers(10000, 100000, count).tolist()
+    hidden = [keys.say(name, number) for name, number in zip(holding, numbers, strict=True)]
+    if hops == 2:
+        hidden += [keys.refer(*pair) for pair in zip(asked, holding, strict=True)]
+    room = tokens - sum(map(len, hidden))
+    if room < 0:
+        raise ValueError(f"{tokens} tokens are too few for {count} keys")
+    text = filler(room, seed)
+    cuts = [0, *sorted(rng.integers(0, room + 1, len(hidden)).tolist()), room]
+    order = [hidden[i].encode() for i in rng.permutation(len(hidden))]
+    parts = [text[a:b] for a, b in pairwise(cuts)]
+    whole = b"".join(part for both in zip(parts, [*order, b""], strict=True) for part in both)
+    questions = zip(asked, numbers, strict=True)
+    return whole, [Haystack(b"", number, keys.ask(name)) for name, number in questions]
 
 
 def _first(pieces: Iterator[bytes], length: int) -> bytes:

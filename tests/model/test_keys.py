@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 
-from model import keys
+from model import haystack, keys
 from model.data import Sample, Tasks
 
 
@@ -56,3 +56,22 @@ def test_a_text_too_short_for_names_has_one_key_without() -> None:
     assert len(text) == 128
     assert b" is" in text
     assert b" of " not in text.split(b"?")[0]
+
+
+@pytest.mark.parametrize("hops", [1, 2])
+def test_keys_are_hidden_in_a_haystack(hops: int) -> None:
+    text, asked = haystack.hide_keys(haystack.random_words, 20_000, 3, 16, hops)
+    assert len(text) == 20_000
+    said = text.decode()
+    assert len(asked) == 16
+    assert len({hay.question for hay in asked}) == 16
+    for hay in asked:
+        name = re.findall(r"pass key of (\w+)\?", hay.question)[0]
+        if hops == 2:
+            [name] = re.findall(rf"pass key of {name} is that of (\w+)\.", said)
+        assert said.count(f"The pass key of {name} is {hay.number}. Remember it.") == 1
+        assert hay.right(f" {hay.number}.")
+    assert said.count("pass key of") == 16 * hops
+    assert haystack.hide_keys(haystack.random_words, 20_000, 3, 16, hops)[0] == text
+    with pytest.raises(ValueError, match="too few"):
+        haystack.hide_keys(haystack.random_words, 1000, 3, 16, hops)

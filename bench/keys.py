@@ -1,0 +1,92 @@
+"""How often named pass keys are found in a long text, and such as are said to be another's.
+
+Every reading hides many keys at random places in text that was not trained on (library source,
+random words, in turn; with --corpus the validation novel too), and each is asked for in a fork of
+its own, free-running, all five digits. With --hops 2 a name's key is said to be another name's, and
+the number is said elsewhere.
+
+python -m bench.keys --model gca --tokens 65536 --keys 16 --readings 3
+python -m bench.keys --model gca --tokens 65536 --keys 16 --readings 3 --hops 2
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+from bench.passkey import fillers
+from bench.reading import SHARES, interval, reading
+from model import checkpoint, haystack
+from model.families import family_of
+from model.generate import Sampling, generate, prefill
+
+
+def read_once(args: argparse.Namespace, kind: str, seed: int) -> list[dict[str, Any]]:
+    """Read one text; say of each key whether it was found, by the search and by its controls."""
+    model = checkpoint.load(args.model)
+    filler = fillers(args.corpus)[kind]
+    text, asked = haystack.hide_keys(filler, args.tokens, seed, args.keys, args.hops)
+    sampling = Sampling(max_new_tokens=8, stop=(".", ","))
+    retrieval = family_of(model).stream.retrieval_of(model.config, args.top_k)
+    rows = []
+    with reading(model, args.tokens, SHARES, retrieval) as stream:
+        prefill(stream, text)
+        ways = {"search": retrieval, **stream.controls(retrieval)}
+        for hay in asked:
+            row: dict[str, Any] = {"filler": kind, "right": {}}
+            for name, way in ways.items():
+                stream.retrieval = way
+                said = b"".join(generate(stream, hay.question, sampling)).decode(errors="replace")
+                row["right"][name] = hay.right(said)
+            rows.append(row)
+    return rows
+
+
+def main() -> int:
+    """Read, ask, print the table; the last line is JSON."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.keys",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--model", default="gca")
+    parser.add_argument("--corpus", help="folder with moby_dick.txt[.gz], the validation novel")
+    parser.add_argument("--tokens", type=int, default=65536)
+    parser.add_argument("--keys", type=int, default=16, help="hidden in each text")
+    parser.add_argument("--hops", type=int, choices=(1, 2), default=1)
+    parser.add_argument("--readings", type=int, default=3)
+    parser.add_argument("--top-k", type=int, help="blocks that each search finds")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    kinds = ["source", "words", *(["novel"] if args.corpus else [])]
+    console = Console(stderr=True)
+    began = time.perf_counter()
+    rows: list[dict[str, Any]] = []
+    try:
+        with Progress(console=console, disable=not console.is_terminal) as progress:
+            task = progress.add_task("readings", total=args.readings)
+            for i in range(args.readings):
+                rows += read_once(args, kinds[i % len(kinds)], args.seed + i)
+                progress.advance(task)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    report: dict[str, Any] = {"bench": "keys", **vars(args), "n": len(rows)}
+    for way in rows[0]["right"]:
+        found = sum(row["right"][way] for row in rows)
+        low, high = interval(found, len(rows))
+        print(f"{way:>12} {found}/{len(rows)} = {found / len(rows):.1%} [{low:.1%}, {high:.1%}]")
+        report[way] = {"found": found, "share": found / len(rows), "interval": [low, high]}
+    report["seconds"] = round(time.perf_counter() - began, 1)
+    report["threads"] = torch.get_num_threads()
+    print(json.dumps(report))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

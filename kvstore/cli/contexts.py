@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from dataclasses import asdict
+from contextlib import suppress
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvstore.cli import options
+from kvstore.cli.text_chain import TextChain
 from kvstore.cli.usage import checking_input, words
 from kvstore.errors import CorruptBlockError
 
@@ -74,7 +76,7 @@ def main(args: argparse.Namespace) -> int:
         found, damaged = [], {}
         for name in store.kept.names():
             try:
-                found.append(store.kept.describe(name))
+                found.append(_as_read(store.kept.describe(name)))
             except CorruptBlockError as error:
                 damaged[name] = str(error)
     if args.json:
@@ -106,6 +108,13 @@ def open_to_look(args: argparse.Namespace, read_only: bool = False) -> Store:
         read_only=read_only,
     )
     return Store.open(args.store, config)
+
+
+def _as_read(context: KeptContext) -> KeptContext:
+    """Count all tokens that were read: a model may keep those of the last block in its state."""
+    with suppress(KeyError, ValueError):
+        return replace(context, tokens=TextChain.from_json(context.info["text"]).tokens)
+    return context
 
 
 def _show(found: list[KeptContext]) -> None:

@@ -12,8 +12,8 @@ import torch
 
 from kvstore.cli.main import main
 from model import checkpoint
-from model.config import ModelConfig
-from model.transformer import Transformer
+from model.config import GCAConfig, ModelConfig
+from model.families import family_of
 
 BLOCK_BYTES = 32 * 16 * 2 * 2
 """Keys and values of a block of the model below, bfloat16."""
@@ -34,15 +34,25 @@ class Ran(NamedTuple):
 
 
 @pytest.fixture(scope="session")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of a model that has learned nothing."""
+def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Checkpoints of models that have learned nothing; their blocks are equally large."""
+    place = tmp_path_factory.mktemp("model")
     torch.manual_seed(0)
-    config = ModelConfig(
-        width=32, heads=2, layers="lr", mlp_width=32, block_size=32, near=1, top_k=1
+    configs = (
+        ModelConfig(width=32, heads=2, layers="lr", mlp_width=32, block_size=32, near=1, top_k=1),
+        GCAConfig(width=16, heads=1, lower=1, mlp_width=32, block_size=32, landmark_dim=8, top_k=2),
     )
-    path = tmp_path_factory.mktemp("model") / "random.safetensors"
-    checkpoint.save(Transformer(config), path, {})
-    return path
+    paths = {}
+    for config in configs:
+        paths[config.family] = place / f"{config.family}.safetensors"
+        checkpoint.save(family_of(config).network(config), paths[config.family], {})
+    return paths
+
+
+@pytest.fixture(scope="session")
+def weights(families: dict[str, Path]) -> Path:
+    """A checkpoint of a model that has learned nothing."""
+    return families["landmark"]
 
 
 @pytest.fixture

@@ -19,12 +19,24 @@ import torch
 from kvstore.cli import session
 from kvstore.cli.text_chain import PAGE, TextChain, TextDigests
 from model import checkpoint
+from model.families import family_of
 from model.stream import Stream
 
 Kvstore = Callable[..., Any]
 BLOCK_BYTES = 32 * 16 * 2 * 2
 SMALL = ("--hot", 16 * BLOCK_BYTES, "--warm", 48 * BLOCK_BYTES, "--cold", "64MiB")
 ASKED = ("--prompt", "And then", "--max-new-tokens", 6)
+
+
+@pytest.fixture(params=["landmark", "gca"])
+def weights(families: dict[str, Path], request: pytest.FixtureRequest) -> Path:
+    """What is kept is kept of any family."""
+    return families[request.param]
+
+
+def streams_of(weights: Path) -> int:
+    model = checkpoint.load(str(weights))
+    return family_of(model).stream.layout(model.config).streams
 
 
 @pytest.fixture
@@ -181,7 +193,7 @@ def test_contexts_are_listed_forked_renamed_and_removed(
     keep("a")
     answer = ask("a").figures["answer"]
     (a,) = listed(kvstore, store).values()
-    assert a["blocks"] == 10_010 // 32 * 2
+    assert a["blocks"] == 10_010 // 32 * streams_of(weights)
     assert a["nbytes"] == a["blocks"] * BLOCK_BYTES
     assert 0 < a["disk_bytes"] < a["nbytes"]
     assert a["info"]["model"] == str(weights)
@@ -211,6 +223,7 @@ def test_damage_is_found_and_mended(
     kvstore: Kvstore,
     keep: Kvstore,
     ask: Kvstore,
+    weights: Path,
     store: Path,
     book: Path,
     tmp_path: Path,
@@ -224,7 +237,8 @@ def test_damage_is_found_and_mended(
     answer = ask("b").figures["answer"]
     ran = kvstore("verify", store)
     assert ran.code == 0
-    assert "2 contexts and 1,436 blocks were read, 0 faults were found" in ran.out
+    blocks = 718 * streams_of(weights)
+    assert f"2 contexts and {blocks:,} blocks were read, 0 faults were found" in ran.out
     from kvstore import Store, StoreConfig
 
     with Store.open(store, StoreConfig(cold="64MiB", device="cpu")) as opened:
@@ -399,9 +413,10 @@ def test_several_ask_beside_one_who_writes(
     command = [sys.executable, "-m", "kvstore.cli.main", *map(str, argv)]
     with Store.open(store, StoreConfig(cold="64MiB", device="cpu")) as writer:
         asking = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+        shape = (2, 64, *writer.spec.planes[0].shape[1:])
         with writer.context("b", streams=2, landmark_dim=16) as context:
             for _ in range(50):
-                planes = [torch.randn(2, 64, 16).bfloat16() for _ in "kv"]
+                planes = [torch.randn(shape).bfloat16() for _ in "kv"]
                 context.append(slice(None), planes, torch.randn(2, 2, 16))
                 context.save()
         for each in asking:

@@ -77,6 +77,7 @@ _READ_PATIENCE_SECONDS = 2.0
 _ADOPTED = 64  # values, in one transaction
 _TRIES = 100  # to look at a tree between two commits of another process
 
+_DAMAGES = (lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.InvalidError, lmdb.PanicError)
 _Change = Callable[[lmdb.Transaction], None]
 
 
@@ -787,7 +788,7 @@ class DiskTier:
         """Read the file as it is now, or was when it was opened to be read only."""
         with self._operation():
             if self._view is not None:
-                with self._viewing:  # one thread at a time may use a transaction
+                with self._viewing, self._reading():  # one thread at a time may use a transaction
                     yield self._view
                 return
             token = object()
@@ -795,11 +796,19 @@ class DiskTier:
                 self._idle.wait_for(lambda: not self._growing)
                 self._reads.add(token)
             try:
-                with self._env.begin(buffers=buffers) as transaction:
+                with self._reading(), self._env.begin(buffers=buffers) as transaction:
                     yield transaction
             finally:
                 self._reads.discard(token)
                 # `_operation` tells those who wait for it.
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
+        """What LMDB cannot follow is damage that has come since the file was opened."""
+        try:
+            yield
+        except _DAMAGES as error:
+            raise self._damaged(error) from None
 
     def _pack(self, transaction: lmdb.Transaction, number: int) -> memoryview:
         """Return a pack; of no bytes where there is none."""

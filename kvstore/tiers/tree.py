@@ -214,7 +214,11 @@ class _Tree:
         count = _number(self._data, at)[0] if size >= 8 else -1
         if size < 8 * (count + 1) or count < 0:
             raise _Damage("a list of free pages has another length")
-        for page in struct.unpack_from(f"<{count}Q", self._data, at + 8):
+        numbers = struct.unpack_from(f"<{count}Q", self._data, at + 8)
+        # LMDB takes those between two of a list for theirs, too, if the two are as far apart.
+        if any(a <= b for a, b in pairwise(numbers)):
+            raise _Damage("a list of free pages is out of order")
+        for page in numbers:
             # Those at the end of the file may never have been written.
             if page > self.meta.last:
                 raise _Damage(f"page {page} is free and behind the last one")
@@ -350,6 +354,7 @@ class _Tree:
             raise _Damage(f"page {page} has a head that makes no sense")
         count = (lower - _HEAD) // 2
         nodes = []
+        extents = []
         for place in struct.unpack_from(f"<{count}H", data, start + _HEAD):
             if not upper <= place <= size - 8:
                 raise _Damage(f"page {page} has an entry that is not in it")
@@ -364,8 +369,13 @@ class _Tree:
                 end = at + (8 if kind & _BIG else below)
             if end > size:
                 raise _Damage(f"page {page} has an entry that does not end in it")
+            extents.append((place, end + end % 2))
             key = data[start + place + 8 : start + at]
             nodes.append((key, start + at, below, kind))
+        # Side by side from `upper` to the end: whoever deletes one moves what lies before it.
+        extents.sort()
+        if [upper, *(end for _, end in extents)] != [*(place for place, _ in extents), size]:
+            raise _Damage(f"page {page} has entries that overlap")
         return flags, nodes
 
     def _large(self, page: int, at: int, size: int) -> tuple[int, int]:

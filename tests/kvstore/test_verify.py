@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import mmap
 import os
 import random
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +19,7 @@ from kvstore import saved_contexts
 from kvstore.config import IndexConfig
 from kvstore.errors import CorruptBlockError, CorruptStoreError, KVStoreError
 from kvstore.manifest import numbers_of
-from kvstore.tiers.tree import fault_of
+from kvstore.tiers.tree import fault_of, readable
 from kvstore.verify import repair, verify
 
 
@@ -275,6 +277,53 @@ def test_what_makes_no_sense_in_a_tree(kept, make_store):
     path.write_bytes(whole)
     assert fault_of(path) is None
     make_store(directory).check()
+
+
+def live_leaves(path):
+    """The leaves of the last commit that hold small values."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        tables, lost = readable(data)
+    assert not lost
+    return {at // 4096 for entries in tables.values() for _, at, size in entries if size < 1000}
+
+
+def test_no_entry_of_a_page_reaches_into_another(kept):
+    """Every bit of what is said of an entry: LMDB moves the others by it when one is deleted.
+
+    But for the last bits of its sizes: entries have even places, and checksums tell.
+    """
+    store, _ = kept
+    path = Path(store.config.directory) / "data.mdb"
+    store.close()
+    whole = path.read_bytes()
+    leaves = live_leaves(path)
+    assert len(leaves) >= 3
+    for page in leaves:
+        start = page * 4096
+        (lower,) = struct.unpack_from("<H", whole, start + 12)
+        places = struct.unpack_from(f"<{(lower - 16) // 2}H", whole, start + 16)
+        for place in places[:: max(1, len(places) // 5)]:
+            for bit in [*range(1, 48), *range(49, 64)]:
+                raw = bytearray(whole)
+                raw[start + place + bit // 8] ^= 1 << bit % 8
+                path.write_bytes(raw)
+                assert fault_of(path) is not None, (page, place, bit)
+
+
+def test_a_list_of_free_pages_is_in_order(kept):
+    store, _ = kept
+    path = Path(store.config.directory) / "data.mdb"
+    for i in range(4):  # pages to be free
+        store.put_record(b"large", bytes(50_000 * (i % 2 + 1)))
+    store.close()
+    whole = path.read_bytes()
+    found = 0
+    for at in range(2 * 4096, len(whole) - 24, 2):
+        count, one, two = struct.unpack_from("<QQQ", whole, at)
+        if 2 <= count < 500 and len(whole) // 4096 > one > two >= 2:
+            path.write_bytes(whole[: at + 8] + struct.pack("<QQ", two, one) + whole[at + 24 :])
+            found += fault_of(path) == "a list of free pages is out of order"
+    assert found
 
 
 def test_damaged_tables_are_no_new_ones(kept, make_store):

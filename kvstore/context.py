@@ -295,7 +295,7 @@ class Context:
         rest |= {f"index.{name}": tensor for name, tensor in self.index.progress().items()}
         self._note(self.store.kept.write(self.name, manifest, past, rest, snapshot))
         self._map.mark_saved()
-        self.store.kept.sweep()
+        self.store.kept.tidy()
 
     def _note(self, manifest: Manifest) -> None:
         self._past, self._rest = manifest["past"], manifest["rest"]

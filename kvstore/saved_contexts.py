@@ -109,8 +109,9 @@ class SavedContexts:
 
         ValueError if it is of another version, CorruptBlockError if it makes no sense.
         """
+        key = _key(name)
         try:
-            value = self._store.get_record(_key(name))
+            value = self._store.get_record(key)
             if value is None:
                 return None
             manifest: Manifest = json.loads(value)
@@ -311,23 +312,32 @@ class SavedContexts:
     def delete(self, name: str) -> None:
         """Forget a context, and the blocks that no other has.
 
-        KeyError if there is no such context, ValueError if it is open.
+        Where it or another one is damaged, so that it cannot be said which blocks these are, they
+        stay, to be swept once that is repaired. KeyError if there is no such context, ValueError if
+        it is open.
         """
-        ids = self.ids(name, self.require(name))
         self._require_closed(name)
+        doomed = np.empty(0, np.int64)
+        with contextlib.suppress(CorruptBlockError):
+            ids = self.ids(name, self.require(name))
+            doomed = ids[~np.isin(ids, self.used_ids(but=name))]
         self.forget(name)
-        self._store.delete(ids[~np.isin(ids, self.used_ids())])
+        self._store.delete(doomed)
 
     def forget(self, name: str) -> None:
-        """Remove a manifest, then the pieces that only it named."""
+        """Remove a manifest, then the pieces that only it named, if that can be said."""
         self._store.put_record(_key(name), None)
-        self.sweep()
+        self.tidy()
 
-    def used_ids(self) -> NDArray[np.int64]:
-        """Return the ids that contexts have, open ones and those that are only kept."""
+    def used_ids(self, but: str | None = None) -> NDArray[np.int64]:
+        """Return the ids that contexts have, open ones and those that are only kept.
+
+        but: the name of one that does not count.
+        """
         used = [context.block_ids() for context in self._store.contexts.values()]
         for name in self.names():
-            used.append(self.ids(name, self.require(name)))
+            if name != but:
+                used.append(self.ids(name, self.require(name)))
         return np.concatenate([np.empty(0, np.int64), *used])
 
     def sweep(self) -> None:
@@ -337,6 +347,11 @@ class SavedContexts:
             named |= {_piece_key(n) for n in numbers_of(self.require(name))}
         keys = self._store.record_keys(_PIECE)
         self._store.put_records({key: None for key in keys if key not in named})
+
+    def tidy(self) -> None:
+        """Sweep, unless a damaged context keeps it unknown what is needed."""
+        with contextlib.suppress(CorruptBlockError):
+            self.sweep()
 
     def _put(self, name: str, manifest: Manifest) -> None:
         self._store.put_record(_key(name), _encode(manifest))

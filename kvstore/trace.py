@@ -73,10 +73,17 @@ class Event:
     tier: Tier | None = None
 
 
+def _is_trace(path: Path) -> bool:
+    """Whether a file is a trace, or empty."""
+    with path.open("rb") as file:
+        return file.read(len(MAGIC)) in (b"", MAGIC)
+
+
 class TraceWriter:
     """Writes a trace. For one thread.
 
-    path: an existing file is replaced. ValueError where it cannot be written.
+    path: an existing trace is replaced. ValueError where it cannot be written, and where there is a
+    file that is no trace.
     header: what a reader wants to know of the store, for example its tiers' slots; JSON values.
 
     Events are kept in memory and written in chunks; what was recorded since the last chunk is lost
@@ -87,6 +94,8 @@ class TraceWriter:
     def __init__(self, path: str | os.PathLike[str], header: Mapping[str, object]) -> None:
         text = json.dumps({"started": time.time(), **header}).encode()
         try:
+            if Path(path).is_file() and not _is_trace(Path(path)):
+                raise ValueError(f"{path} is there already and is no trace: give another name")
             self._file = Path(path).open("wb", buffering=0)  # noqa: SIM115 - open as long as this
         except OSError as error:
             raise ValueError(f"the trace {path} cannot be written: {error.strerror}") from error

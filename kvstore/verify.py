@@ -92,7 +92,7 @@ def repair(store: Store, findings: Findings) -> list[str]:
         before = store.kept.manifest(name) if back else None
         store.kept.replace(name, back or None)
         if not back:
-            done.append(f"context {name!r} was removed: nothing whole of it was left")
+            done.append(f"context {name!r} was removed: none of its saves is whole")
         elif before is not None and before["counts"] == back["counts"]:
             lost = len(before["snapshots"]) - len(back["snapshots"])
             done.append(f"context {name!r} is whole, without {lost} damaged snapshots")

@@ -1,4 +1,4 @@
-"""Attention over retrieved blocks: one kernel for every family, told apart by the gate.
+"""Attention over retrieved blocks: merged with a window by a gate, or weighed by a search.
 
 Owns the arithmetic and nothing else: which blocks, at which places and with which gate is the
 caller's business.

@@ -178,6 +178,18 @@ class Sample:
     passage: int = -1
 
 
+class Excerpts:
+    """A held-out text in place of a corpus: windows of it, and no names."""
+
+    def __init__(self, text: Bytes) -> None:
+        self.text = text
+
+    def window(self, rng: np.random.Generator, length: int) -> Bytes:
+        """Return an excerpt of `length` bytes."""
+        start = rng.integers(0, len(self.text) - length)
+        return self.text[start : start + length]
+
+
 class Tasks:
     """Draws training samples of three kinds.
 

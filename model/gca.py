@@ -231,8 +231,9 @@ class GroupedCrossTransformer(nn.Module):
         the chunk before finds, as published; None: the configuration's. noise: add Gumbel noise
         to the scores that select. foreign: the chunks of other sequences may be found too, but
         those set apart, because nothing tells them from what a text has itself: a short text has
-        few chunks to be confused by, a million tokens have many. passage: sequences with the same
-        number are one text, in order, of which each finds what those before it have.
+        few chunks to be confused by, a million tokens have many. passage: of foreign chunks,
+        sequences with the same number are one text, in order, of which each finds what those before
+        it have.
         """
         segment = self.config.segment if segment is None else segment
         before = self.embedding.nothing().expand(len(tokens), -1)

@@ -22,6 +22,9 @@ from model.stream import Layout, Rows, Stream
 
 HOW = ("search", "recent", "random")
 
+AT_ONCE = 256
+"""Searches whose chunks are copied out together; each takes top_k blocks of memory, thrice."""
+
 
 @dataclass(frozen=True)
 class ChunkRetrieval:
@@ -124,6 +127,8 @@ class GCAStream(Stream):
 
     def _step(self, x: Tensor, rows: Rows, wanted: int) -> Tensor:
         """See `Stream._step`."""
+        if wanted and not rows.whole:
+            self._prefetch()
         for i, layer in enumerate(self.model.below):
             x = x + self._local(layer.attention, layer.attention_norm(x), rows, i)
             x = x + layer.mlp(layer.mlp_norm(x))
@@ -152,7 +157,7 @@ class GCAStream(Stream):
         """Drop what waits of chunks so far back that nothing which is wanted depends on them.
 
         A place's state depends on as many chunks before its own as the windows of the upper layers
-        add up to. The windows, then, begin anew: what they lack is far back, too.
+        add up to. What the windows hold of before reaches no further.
         """
         config: GCAConfig = self.model.config
         stride = config.block_size + 1
@@ -162,28 +167,25 @@ class GCAStream(Stream):
             last += 1  # what comes next is of another chunk
         first = last - back
         if wanted:
-            first -= (wanted - 1) // config.block_size + 1
+            first -= (wanted - 1) // config.block_size
         drop = first * stride - self._read_to
-        if drop <= 0:
-            return
-        self._waiting = self._waiting[drop:]
-        self._read_to += drop
-        for i in range(config.lower, self._local_layers):
-            self._windows[i] = torch.zeros_like(self._windows[i])
+        if drop > 0:
+            self._waiting = self._waiting[drop:]
+            self._read_to += drop
 
     def _catch_up(self) -> Tensor:
         """Run the upper layers over all that waits; return the states [t, width] of the tokens."""
         config: GCAConfig = self.model.config
         stride = config.block_size + 1
+        searches = config.block_size // (self.retrieval.segment or config.block_size)
+        at_once = max(1, AT_ONCE // searches)
         done: list[Tensor] = []
         while len(self._waiting):
             first, start = divmod(self._read_to, stride)
             if start or len(self._waiting) < stride:
                 take, blocks = min(stride - start, len(self._waiting)), 1
-                if take + start < stride:
-                    self._prefetch()
             else:
-                blocks = len(self._waiting) // stride
+                blocks = min(len(self._waiting) // stride, at_once)
                 take = blocks * stride
             stop = start + take // blocks
             piece = Rows(first, blocks, start, stop, config.block_size)
@@ -197,8 +199,7 @@ class GCAStream(Stream):
     def _upper(self, x: Tensor, rows: Rows) -> Tensor:
         """Run the upper layers over x [N, R, width]."""
         self._last_ids = []
-        # The state may be a fork's, too: it is replaced, not changed.
-        self._asked, found = self._asked.clone(), []
+        found = []
         segments = Segments(rows, self.retrieval.segment, self.device)
         window: int = self.model.config.lower
         for g, group in enumerate(self.model.stacks):
@@ -219,26 +220,27 @@ class GCAStream(Stream):
         if segments.by_chunk:
             last = group.ask(x[:, -1])  # [N, dim], the landmarks if these are whole chunks
             queries = torch.cat((self._asked[g][None], last[:-1]))[: segments.asking]
-            if segments.rows.closes:
-                self._asked[g] = last[-1]
         else:
             queries = group.ask(segments.askers(x))
-        chunks, weights = self._find(queries, segments.limits)
+        if segments.rows.closes:  # it may be searched by chunk from here on
+            self._asked[g] = group.ask(x[-1, -1])
+        chunks, weights = self._find(queries, segments.limits, g)
         if segments.goes_on:  # the first rows use what was found before
             chunks = _stacked(self._found[g], chunks, -1)
             weights = _stacked(self._weights[g], weights, 0)
         return chunks[segments.of_row], weights[segments.of_row]
 
-    def _find(self, queries: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:
+    def _find(self, queries: Tensor, limits: Tensor, g: int) -> tuple[Tensor, Tensor]:
         """Find chunks below the limits [Q] for queries [Q, dim]: [Q, k], and their weights."""
         r, index = self.retrieval, self.context.index
         count = len(queries)
         if r.how == "search":
-            chunks = index.search(slice(0, 1), queries[None].float(), r.top_k, before=limits)[0][0]
+            most = max(1, min(r.top_k, self.context.sealed(0)))  # there are no more
+            chunks = index.search(slice(0, 1), queries[None].float(), most, before=limits)[0][0]
         elif r.how == "recent":
             chunks = limits[:, None] - 1 - torch.arange(r.top_k, device=self.device)
         else:
-            generator = torch.Generator().manual_seed(self._read_to)
+            generator = torch.Generator().manual_seed(self._read_to << 8 | g)
             drawn = torch.rand(count, r.top_k, generator=generator).to(self.device)
             chunks = torch.where(limits[:, None] > 0, (drawn * limits[:, None]).long(), -1)
         absent = chunks < 0
@@ -325,12 +327,9 @@ class Segments:
             mine = place // self._segment
             self._first = -(-rows.start // self._segment)  # the first segment that begins here
             self.goes_on = bool(rows.start % self._segment)
-            last = int(mine[-1])
-            self.asking = max(0, last - self._first + 1)
-            if rows.start == rows.block_size:  # the landmark alone
-                self.goes_on, self.asking = True, 0
+            self.asking = max(0, int(mine[-1]) - self._first + 1)
             number = torch.zeros(self.asking, dtype=torch.int64, device=device)
-            self.of_row = mine - self._first + self.goes_on if self.asking else mine * 0
+            self.of_row = mine - self._first + self.goes_on
         self.limits = number + rows.first
 
     def askers(self, x: Tensor) -> Tensor:

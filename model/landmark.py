@@ -3,7 +3,7 @@
 A landmark token closes each block. A query reaches a past block only through its landmark: the
 grouped softmax weighs the landmark against the query's own block, and that weight is spread over
 the block by a softmax inside it. Owns the layer and its dense training form; the form that reads
-from a store is in stream.py.
+from a store is in landmark_stream.py.
 """
 
 from __future__ import annotations

@@ -202,7 +202,8 @@ class LandmarkStream(Stream):
         if groups.shared > 1:
             query = q[:, :, : groups.shared].mean(dim=2)
         query = rotate(query, self._behind(slice(r.near + 1, r.near + 2)))
-        found, scores = self.context.index.search(streams, query, r.top_k, before=groups.limit)
+        most = min(r.top_k, groups.last - r.near)  # there are no more
+        found, scores = self.context.index.search(streams, query, most, before=groups.limit)
         if r.share_heads:
             found = _best_of_heads(found, scores)
         return torch.cat((recent, found.sort(dim=-1, descending=True).values), dim=-1)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor
+from torch.nn import functional as F
 
 from model.data import Sample
 from model.stages import Stage
@@ -25,3 +26,15 @@ class Recipe:
     config: Callable[[], Any]
     loss: Callable[[Any, list[Sample], int, tuple[Stage, ...]], Tensor]
     examine: Callable[[Any, np.ndarray, int], dict[str, Any]]
+
+
+def weighed_loss(
+    logits: Tensor,  # [B, N, S, 256]
+    text: Tensor,  # int64 [B, N * S]
+    weight: Tensor,  # float32 [B, N * S], of predicting each byte
+) -> Tensor:
+    """Return the weighted mean cross entropy, nats a byte."""
+    logits = logits.float().flatten(1, 2)[:, :-1]
+    loss = F.cross_entropy(logits.flatten(0, 1), text[:, 1:].flatten(), reduction="none")
+    weight = weight[:, 1:].flatten()
+    return (loss * weight).sum() / weight.sum()

@@ -12,6 +12,7 @@ class Stage:
 
     gating: the landmarks' share in the attention (see grouped_softmax_attention) at the stage's
     end; it slides there from that of the stage before. distractors: see LandmarkAttention.forward;
+    by Grouped Cross Attention, if any, the chunks of other samples may be found;
     chain: how many of the samples are one passage, each of which may retrieve from those before
     it; needles, mentions, repeats, gibberish, named, hops: see Tasks.
     """

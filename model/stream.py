@@ -25,7 +25,7 @@ from kvstore.store import Store
 from model.layers import Frame, LocalAttention, merge_heads, rotate
 
 Clock = Callable[[int, float], None]
-"""Told of every read: tokens and seconds."""
+"""Told of every `read` and `skim`: tokens and seconds."""
 
 
 @dataclass(frozen=True)
@@ -81,9 +81,9 @@ class Stream(ABC):
     """A model reading one text; not safe to use from two threads.
 
     The context must have the family's `layout`. A new stream goes on where the context's state
-    ends; ValueError if the context holds more or less than that. A read that fails midway leaves
-    some layers with more of the text than others: what was read before can be had from a fork made
-    before, from this stream no more (RuntimeError).
+    ends; ValueError if the context holds more or less blocks than that. A read that fails midway
+    leaves some layers with more of the text than others: what was read before can be had from a
+    fork made before, from this stream no more (RuntimeError).
     """
 
     way: type[Any]
@@ -126,7 +126,7 @@ class Stream(ABC):
         self._last_ids: list[NDArray[np.int64]] = []
         config = model.config
         shape = (2, config.heads, config.window_blocks + 1, config.block_size, config.head_dim)
-        state = context.get_state()
+        state = {name: tensor.to(self.device) for name, tensor in context.get_state().items()}
         if state:
             self.position = int(state["position"])
             self._windows = [state[f"window.{i}"].clone() for i in range(self._local_layers)]
@@ -157,7 +157,7 @@ class Stream(ABC):
 
     @abstractmethod
     def _check_retrieval(self, retrieval: Any) -> None:
-        """Raise ValueError for what this model cannot do."""
+        """Raise ValueError for what this model cannot do, and prepare for the rest."""
 
     @abstractmethod
     def _resume(self, state: dict[str, Tensor]) -> None:

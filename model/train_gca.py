@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from model.config import GCAConfig
-from model.data import Bytes, Sample, Tasks
-from model.recipe import Recipe
+from model.data import Bytes, Excerpts, Sample, Tasks
+from model.recipe import Recipe, weighed_loss
 from model.stages import Stage, stage_of
 
 _MIXTURE = {"needles": 0.6, "mentions": 0.6, "repeats": 0.6, "named": 0.6, "hops": 0.5}
@@ -41,10 +40,7 @@ def loss_of(
     chunks = text.unflatten(1, (-1, model.config.block_size))
     with torch.autocast(text.device.type, torch.bfloat16):
         logits = model(chunks, segment, noise, foreign, passage, apart)
-    logits = logits.float().flatten(1, 2)[:, :-1]
-    loss = F.cross_entropy(logits.flatten(0, 1), text[:, 1:].flatten(), reduction="none")
-    weight = weight[:, 1:].flatten()
-    return (loss * weight).sum() / weight.sum()
+    return weighed_loss(logits, text, weight)
 
 
 def _step_loss(
@@ -65,21 +61,10 @@ class _Filler(Tasks):
     """Tasks whose filler is held-out text."""
 
     def __init__(self, text: Bytes) -> None:
-        super().__init__(_Excerpts(text), needles=1.0)  # type: ignore[arg-type]
+        super().__init__(Excerpts(text), needles=1.0)  # type: ignore[arg-type]
 
     def filler(self, rng: np.random.Generator, length: int) -> tuple[Bytes, float]:
         return self.corpus.window(rng, length), 1.0
-
-
-class _Excerpts:
-    """A held-out text, as a corpus."""
-
-    def __init__(self, text: Bytes) -> None:
-        self.text = text
-
-    def window(self, rng: np.random.Generator, length: int) -> Bytes:
-        start = rng.integers(0, len(self.text) - length)
-        return self.text[start : start + length]
 
 
 @torch.no_grad()

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from model.config import ModelConfig
-from model.data import Sample, Tasks
+from model.data import Excerpts, Sample, Tasks
 from model.landmark import LandmarkAttention
 from model.layers import rotate
-from model.recipe import Recipe
+from model.recipe import Recipe, weighed_loss
 from model.stages import Stage, gating_at, stage_of
 from model.transformer import Transformer
 
@@ -60,10 +60,7 @@ def loss_of(
     blocks = text.unflatten(1, (-1, model.config.block_size))
     with torch.autocast(text.device.type, torch.bfloat16):
         logits = model(blocks, distractors, gating, passage, apart, asking)
-    logits = logits.float().flatten(1, 2)[:, :-1]
-    loss = F.cross_entropy(logits.flatten(0, 1), text[:, 1:].flatten(), reduction="none")
-    weight = weight[:, 1:].flatten()
-    return (loss * weight).sum() / weight.sum()
+    return weighed_loss(logits, text, weight)
 
 
 @torch.no_grad()
@@ -78,7 +75,7 @@ def examine(model: Transformer, held_out: np.ndarray, seed: int) -> dict[str, An
     config = model.config
     device = next(model.parameters()).device
     rng = np.random.default_rng([seed, 1 << 20])
-    filler = _Excerpts(held_out)
+    filler = Excerpts(held_out)
     tasks = Tasks(filler, needles=1.0)  # type: ignore[arg-type]
     tasks.filler = lambda rng, length: (  # type: ignore[method-assign]
         filler.window(rng, length),
@@ -107,7 +104,7 @@ def examine(model: Transformer, held_out: np.ndarray, seed: int) -> dict[str, An
     return report
 
 
-def _copying(model: Transformer, filler: _Excerpts) -> float:
+def _copying(model: Transformer, filler: Excerpts) -> float:
     """Bits a byte that are saved on a passage of 100 bytes said again 200 bytes later."""
     rng = np.random.default_rng(0)
     size, first, again = 100, 40, 340
@@ -120,18 +117,7 @@ def _copying(model: Transformer, filler: _Excerpts) -> float:
     return round(float(saved.mean()) / math.log(2), 4)
 
 
-class _Excerpts:
-    """A held-out text, as a corpus."""
-
-    def __init__(self, text: np.ndarray) -> None:
-        self.text = text
-
-    def window(self, rng: np.random.Generator, length: int) -> np.ndarray:
-        start = rng.integers(0, len(self.text) - length)
-        return self.text[start : start + length]
-
-
-def _margins(model: Transformer, filler: _Excerpts, samples: list[Any]) -> dict[str, Any]:
+def _margins(model: Transformer, filler: Excerpts, samples: list[Any]) -> dict[str, Any]:
     config = model.config
     device = next(model.parameters()).device
     stride, near = config.block_size + 1, config.near

@@ -12,7 +12,8 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType
 
 import kvstore
@@ -37,6 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     # torch's threads wait for each other in a loop, which beside other work costs eight times the
     # speed; read once, when torch is imported (docs/log.md).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Whoever closed one of these wants nothing of it.
+    sys.stdin = sys.stdin or Path(os.devnull).open()  # noqa: SIM115 - as long as the process
+    sys.stdout = sys.stdout or Path(os.devnull).open("w")  # noqa: SIM115
+    sys.stderr = sys.stderr or Path(os.devnull).open("w")  # noqa: SIM115
     # What a terminal cannot show must not end a run of a million tokens.
     for stream in (sys.stdout, sys.stderr):
         if reconfigure := getattr(stream, "reconfigure", None):
@@ -64,9 +69,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             message += f"; `kvstore verify {directory}` says what is damaged, --repair mends it"
         return _fail(name, f"error: {message}", 1)
     except BrokenPipeError:
-        # The reader of stdout has gone; Python would complain once more at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _give_up_stdout()
         return 1
+    except OSError as error:
+        _give_up_stdout()
+        name_of_file = "" if error.filename is None else f"{error.filename}: "
+        return _fail(name, f"error: {name_of_file}{error.strerror or error}", 1)
     except KeyboardInterrupt as stop:
         number = stop.number if isinstance(stop, Stopped) else signal.SIGINT
         return _fail(name, "interrupted", 128 + number)
@@ -85,6 +93,12 @@ def _parsers() -> tuple[Parser, set[str]]:
     for command in (run, demo, ask, chat, contexts, verify):
         command.add_to(commands)
     return parser, set(commands.choices)
+
+
+def _give_up_stdout() -> None:
+    """Let go of what stdout still holds: nobody takes it, and Python would complain at exit."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(name: str, message: str, code: int) -> int:

@@ -21,6 +21,7 @@ from kvstore.cli.memory import PeakMemory
 from kvstore.cli.report import Index, Report, Tier
 from kvstore.cli.text_chain import TextChain, TextDigests
 from kvstore.cli.usage import checking_input
+from kvstore.errors import CorruptBlockError
 from kvstore.saved_contexts import SavedContexts
 from kvstore.tiers.spec_file import read_spec
 from model import checkpoint
@@ -205,7 +206,12 @@ def _read_before(
     digests = TextDigests(text)
     longest, source, at = TextChain(), name, None
     for each in kept.names():
-        manifest = kept.require(each)
+        try:
+            manifest = kept.require(each)
+        except CorruptBlockError:
+            if each == name:
+                raise
+            continue  # what another one has read cannot be had
         info = manifest["info"]
         alike = manifest["fingerprint"] == fingerprint and "text" in info
         alike = alike and all(info.get(key) == made[key] for key in ("retrieval", "index"))

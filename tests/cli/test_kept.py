@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import mmap
 import os
 import shutil
 import subprocess
@@ -18,6 +19,7 @@ import torch
 
 from kvstore.cli import session
 from kvstore.cli.text_chain import PAGE, TextChain, TextDigests
+from kvstore.tiers.tree import readable
 from model import checkpoint
 from model.families import family_of
 from model.stream import Stream
@@ -434,3 +436,78 @@ def test_several_ask_beside_one_who_writes(
         assert refused.returncode == 2
         assert f"is in use by process {os.getpid()}" in refused.stderr
     assert ask("a").figures["answer"] == answer
+
+
+def damage_manifest(store: Path, name: str) -> None:
+    """Change a byte of what is said of a context."""
+    path = store / "data.mdb"
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        tables, _ = readable(data)
+    [at] = [at for key, at, _ in tables[b"records"] if key == f"context/{name}".encode()]
+    raw = bytearray(path.read_bytes())
+    raw[at + 60] ^= 1
+    path.write_bytes(raw)
+
+
+def test_others_can_be_removed_and_made_beside_a_damaged_context(
+    kvstore: Kvstore, keep: Kvstore, ask: Kvstore, store: Path, tmp_path: Path
+) -> None:
+    keep("a")
+    other = tmp_path / "other"
+    other.write_bytes(b"another text " * 1000)
+    keep("b", text=other)
+    damage_manifest(store, "b")
+    assert keep("c", *ASKED, "--json", text=other).figures["reused_tokens"] == 0
+    assert keep("d", *ASKED, "--json").figures["reused_tokens"] == 10_010
+    for name in ("a", "b"):  # the damaged one, too
+        ran = kvstore("contexts", store, "rm", name)
+        assert (ran.code, ran.err) == (0, "")
+    assert listed(kvstore, store).keys() == {"c", "d"}
+    assert ask("d").code == 0
+    assert kvstore("contexts", store, "sweep").code == 0
+    assert kvstore("verify", store).code == 0
+    refused = kvstore("contexts", store, "rm", "a")
+    assert refused.code == 2
+    assert "no context 'a' is kept; there are: c, d" in refused.err
+
+
+def test_a_name_that_is_too_long_is_no_damage(kvstore: Kvstore, keep: Kvstore, store: Path) -> None:
+    keep("a")
+    for argv in (("rm", "x" * 400), ("fork", "x" * 400, "b"), ("rename", "x" * 400, "b")):
+        ran = kvstore("contexts", store, *argv)
+        assert ran.code == 2
+        assert "1 to 300 bytes" in ran.err
+        assert "verify" not in ran.err
+
+
+def test_a_trace_replaces_nothing_but_a_trace(
+    keep: Kvstore, ask: Kvstore, store: Path, book: Path, tmp_path: Path
+) -> None:
+    keep("a")
+    files = [book, store / "data.mdb", store / "spec.json"]
+    before = [path.read_bytes() for path in files]
+    for path, bytes_before in zip(files, before, strict=True):
+        ran = ask("a", "--trace", path)
+        assert ran.code == 2
+        assert f"{path} is there already and is no trace" in ran.err
+        assert path.read_bytes() == bytes_before
+    trace = tmp_path / "trace"
+    for _ in range(2):
+        assert ask("a", "--trace", trace).code == 0
+        assert trace.stat().st_size > 100
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no full device here")
+def test_output_that_nobody_takes(keep: Kvstore, store: Path) -> None:
+    keep("a")
+    asking = [sys.executable, "-m", "kvstore.cli.main", "contexts", str(store)]
+    shell = "exec " + " ".join(f"'{part}'" for part in asking)
+    full = subprocess.run(f"{shell} > /dev/full", shell=True, capture_output=True, text=True)
+    assert full.returncode == 1
+    assert full.stderr == "kvstore contexts: error: No space left on device\n"
+    for closed in (">&-", "<&-", "2>&-"):
+        ran = subprocess.run(f"{shell} {closed}", shell=True, capture_output=True, text=True)
+        assert (ran.returncode, ran.stderr) == (0, ""), closed
+    ran = subprocess.run(f"{shell}x 2>&-", shell=True, capture_output=True, text=True)
+    assert ran.returncode == 2
+    assert ran.stdout == ""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import replace
+
 import pytest
 import torch
 
 from model.config import GCAConfig
-from model.gca import GroupedCrossTransformer
+from model.gca import GroupedCrossTransformer, Selection, _allowed
 
 CONFIG = GCAConfig(
     width=16,
@@ -207,3 +210,91 @@ def test_the_training_form_is_the_definition(segment):
     for name, a, b in zip(weights, got, true, strict=True):
         assert (a - b).abs().max() < 1e-9 * max(1.0, float(b.abs().max())), name
         assert b.abs().max() > 1e-6, f"{name} is not in it"
+
+
+FOREIGN = {"foreign": True, "passage": torch.tensor([0, 0, 1]), "apart": torch.zeros(3, 4).bool()}
+
+
+def texts(seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (3, 4, CONFIG.block_size), generator=generator)
+
+
+@pytest.mark.parametrize("segment", [0, 1, 2])
+@pytest.mark.parametrize("noise", [False, True])
+@pytest.mark.parametrize("foreign", [{}, FOREIGN])
+@torch.no_grad()
+def test_what_comes_later_changes_nothing_before(segment, noise, foreign):
+    """Neither the rest of a text, nor what follows it in its passage."""
+    model, text = make(), texts()
+    logits = []
+    for change in (False, True):
+        changed = text.clone()
+        if change:
+            changed[0, 2:] = texts(1)[0, 2:]
+            changed[1] = texts(1)[1]  # of the same passage as 0, and behind it
+        torch.manual_seed(5)
+        logits.append(model(changed, segment, noise, **foreign))
+    assert torch.equal(logits[0][0, :2], logits[1][0, :2])
+    assert not torch.equal(logits[0][0, 2:], logits[1][0, 2:])
+
+
+def test_which_chunks_may_be_found():
+    text = texts()
+    apart = torch.zeros(3, 4, dtype=torch.bool)
+    apart[0, 1] = apart[2, 3] = True
+    passage = torch.tensor([7, 7, 9])
+    for foreign in (False, True):
+        seen = _allowed(text, foreign, passage, apart).view(3, 4, 3, 4)
+        for b, n, c, m in itertools.product(range(3), range(4), range(3), range(4)):
+            if b == c:
+                wanted = m < n
+            else:
+                later = {b, c} == {0, 1} and c > b
+                wanted = foreign and not later and not bool(apart[c, m])
+            assert bool(seen[b, n, c, m]) == wanted, (foreign, b, n, c, m)
+
+
+@torch.no_grad()
+def test_noise_draws_by_the_softmax_and_leaves_the_weights_alone():
+    """Gumbel noise: the first choice falls by the softmax of the scores."""
+    config = replace(CONFIG, top_k=2)
+    torch.manual_seed(0)
+    model = GroupedCrossTransformer(config).double()
+    group = model.stacks[0]
+    x = torch.randn(1, 6, PLACES, config.width, dtype=torch.float64)
+    landmarks = torch.randn(1, 6, config.landmark_dim, dtype=torch.float64) * 3
+    allowed = _allowed(torch.zeros(1, 6, 4), False, None, None)
+    scores = group.ask(x[0, 5, 0]) @ landmarks[0, :5].T
+    last = 5 * (config.block_size // 2)  # the first segment of the last chunk
+    counts = torch.zeros(5)
+    for _ in range(4000):
+        found = model._select(group, x, landmarks, allowed, 2, True)
+        chunks = found.chunks[last]
+        counts[chunks[0]] += 1
+        wanted = scores[chunks].softmax(0)
+        assert (found.weights[last] - wanted).abs().max() < 1e-12
+    shares = counts / 4000
+    assert (shares - scores.softmax(0)).abs().max() < 0.035
+    assert scores.softmax(0).max() - scores.softmax(0).min() > 0.2  # or else anything would do
+    without = model._select(group, x, landmarks, allowed, 2, False).chunks[last]
+    assert without.tolist() == scores.topk(2).indices.tolist()
+
+
+def test_the_search_is_trained_through_the_weights_alone():
+    model, text = make(), tokens()
+    select = model._select
+
+    def detached(*given):
+        found = select(*given)
+        return Selection(found.chunks, found.weights.detach())
+
+    for cut in (False, True):
+        model._select = detached if cut else select
+        model.zero_grad()
+        model(text).square().sum().backward()
+        for group in model.stacks:
+            gradient = group.query.weight.grad
+            assert (gradient is None or not gradient.any()) == cut
+        landmark = model.encoder.landmark.weight.grad
+        assert (landmark is None or not landmark.any()) == cut

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -33,12 +34,13 @@ CONFIG = GCAConfig(
     top_k=3,
     segment=4,
 )
+WIDER = replace(CONFIG, window_blocks=2, encoder=2, lower=2, group_layers=1, groups=3, heads=4)
 SIZE = CONFIG.block_size
 
 
-def make(seed: int = 0) -> GroupedCrossTransformer:
-    torch.manual_seed(seed)
-    model = GroupedCrossTransformer(CONFIG).eval().requires_grad_(False)
+def make(config: GCAConfig) -> GroupedCrossTransformer:
+    torch.manual_seed(0)
+    model = GroupedCrossTransformer(config).eval().requires_grad_(False)
     for name, weight in model.named_parameters():
         weight.add_(torch.randn_like(weight) * 0.1)
         if "query" in name or "landmark" in name:
@@ -46,22 +48,29 @@ def make(seed: int = 0) -> GroupedCrossTransformer:
     return model
 
 
-MODEL = make()
+MODEL, OTHER = make(CONFIG), make(WIDER)
 
 
 @contextmanager
 def opened(
-    retrieval: ChunkRetrieval | None = None, hot: int = 64, kind: str = "exact"
+    retrieval: ChunkRetrieval | None = None,
+    hot: int = 64,
+    kind: str = "exact",
+    model: GroupedCrossTransformer = MODEL,
+    directory: str | None = None,
 ) -> Iterator[GCAStream]:
-    """A stream on a store that rounds nothing."""
-    layout = GCAStream.layout(CONFIG)
+    """A stream on a store that rounds nothing; in a directory, on what is kept there."""
+    layout = GCAStream.layout(model.config)
     planes = tuple(Plane(p.name, p.shape, torch.float32) for p in layout.spec.planes)
     spec = BlockSpec(planes)
     index = IndexConfig(kind=kind)  # type: ignore[arg-type]
-    config = StoreConfig(hot=hot * spec.nbytes, warm="1MiB", device="cpu", index=index)
+    config = StoreConfig(
+        hot=hot * spec.nbytes, warm="1MiB", device="cpu", index=index, directory=directory
+    )
     with Store(spec, config) as store:
-        context = store.context(streams=1, landmark_dim=layout.landmark_dim)
-        yield GCAStream(MODEL, context, retrieval)
+        name = None if directory is None else "kept"
+        context = store.context(name, streams=1, landmark_dim=layout.landmark_dim)
+        yield GCAStream(model, context, retrieval)
 
 
 def text_of(length: int, seed: int = 0) -> Tensor:
@@ -69,10 +78,10 @@ def text_of(length: int, seed: int = 0) -> Tensor:
 
 
 @torch.no_grad()
-def at_once(text: Tensor, segment: int) -> Tensor:
+def at_once(text: Tensor, segment: int, model: GroupedCrossTransformer = MODEL) -> Tensor:
     """The logits of the training form; a text is filled up to whole chunks."""
     padded = torch.cat((text, text.new_zeros(-len(text) % SIZE)))
-    logits: Tensor = MODEL(padded.view(1, -1, SIZE), segment)
+    logits: Tensor = model(padded.view(1, -1, SIZE), segment)
     return logits[0].flatten(0, 1)[: len(text)]
 
 
@@ -107,30 +116,88 @@ def test_however_the_text_is_cut(length: int, segment: int, cuts: list[int], see
     assert (got - at_once(text, segment)).abs().max() < 2e-4
 
 
+PIECES = st.lists(
+    st.tuples(st.integers(1, 60), st.sampled_from(["read", "skim", "score"]),
+              st.sampled_from(["", "", "fork", "reopen"])),
+    min_size=1, max_size=8,
+)  # fmt: skip
+
+
 @settings(deadline=None, max_examples=60)
-@given(
-    pieces=st.lists(st.tuples(st.integers(1, 60), st.sampled_from("rsl")), min_size=1, max_size=8),
-    segment=st.sampled_from([0, 1, 2, 4, 8]),
-)
-def test_reading_without_predictions_changes_none(
-    pieces: list[tuple[int, str]], segment: int
+@given(pieces=PIECES, segment=st.sampled_from([0, 1, 2, 4, 8]), model=st.sampled_from([0, 1]))
+def test_whatever_is_read_and_kept_and_asked_in_between(
+    pieces: list[tuple[int, str, str]], segment: int, model: int
 ) -> None:
-    """The upper layers wait while nothing is asked for; r: one prediction, s: none, l: all."""
-    text = text_of(sum(n for n, _ in pieces))
-    wanted = at_once(text, segment)
-    with opened(ChunkRetrieval(3, segment)) as stream:
+    """One prediction, all or none, the upper layers waiting; going on with a fork, or with what a
+    store has kept."""
+    network = (MODEL, OTHER)[model]
+    text = text_of(sum(n for n, *_ in pieces))
+    wanted = at_once(text, segment, network)
+    way = ChunkRetrieval(3, segment)
+    with tempfile.TemporaryDirectory() as place, ExitStack() as stack:
+        stream = stack.enter_context(opened(way, model=network, directory=place))
         at = 0
-        for n, how in pieces:
+        for n, how, then in pieces:
             part = text[at : at + n]
             at += n
-            if how == "s":
+            if how == "skim":
                 stream.skim(part)
-            elif how == "r":
+            elif how == "read":
                 assert (stream.read(part) - wanted[at - 1]).abs().max() < 2e-4
             else:
                 assert (stream.score(part) - wanted[at - n : at]).abs().max() < 2e-4
-        stream = stream.fork()
-        assert stream.position == len(text)
+            if then == "fork":
+                asker = stream.fork()
+                asker.read(text_of(9, 1))  # what a fork reads is its own
+                asker.context.close()
+            elif then == "reopen":
+                stream.save_state()
+                stream.context.close()
+                stack.close()
+                stream = stack.enter_context(opened(way, model=network, directory=place))
+                assert stream.position == at
+        stream.context.close(save=False)
+
+
+def test_a_search_by_chunk_after_one_by_token() -> None:
+    """Whatever the rhythm was, a landmark has asked."""
+    text = text_of(20 * SIZE)
+    logits = []
+    for first in (4, 0):
+        with opened(ChunkRetrieval(3, first)) as stream:
+            stream.skim(text)
+            stream.retrieval = ChunkRetrieval(3, 4)
+            stream.read(text_of(SIZE, 3))
+            stream.retrieval = ChunkRetrieval(3, 0)
+            logits.append(stream.read(text_of(3, 2)))
+            assert (stream._asked != 0).any()
+    assert torch.equal(*logits)
+
+
+def test_controls_take_the_nearest_or_any() -> None:
+    with opened(ChunkRetrieval(3, 4, "recent")) as stream:
+        stream.skim(text_of(20 * SIZE))
+        limits = torch.tensor([1, 2, 7, 20])
+        queries = torch.randn(4, CONFIG.landmark_dim)
+        recent = stream._find(queries, limits, 0)[0].tolist()
+        assert recent == [[0, -1, -1], [1, 0, -1], [6, 5, 4], [19, 18, 17]]
+        stream.retrieval = ChunkRetrieval(3, 4, "random")
+        drawn = [stream._find(queries, limits, g)[0] for g in (0, 1)]
+        assert not torch.equal(*drawn)
+        assert all(((d >= 0) & (d < limits[:, None])).all() for d in drawn)
+        assert len(drawn[0][3].unique()) > 1
+
+
+def test_decoding_asks_early_for_what_the_last_step_used() -> None:
+    with opened() as stream:
+        stream.skim(text_of(20 * SIZE))
+        for _ in range(4):
+            stream.read(text_of(1))
+        asked: list[int] = []
+        prefetch = stream.store.prefetch
+        stream.store.prefetch = lambda ids: asked.append(ids.size) or prefetch(ids)  # type: ignore
+        stream.read(text_of(1))
+        assert asked == [3, 3]  # a list a group
 
 
 def test_what_waits_is_bounded() -> None:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from model import checkpoint, train, train_landmark
 from model.config import GCAConfig, ModelConfig
-from model.data import Sample, Tasks
+from model.data import Excerpts, Sample, Tasks
 from model.stages import Stage, gating_at, learning_rate, stage_of
 from model.train_landmark import loss_of
 from model.transformer import Transformer
@@ -301,7 +301,7 @@ def test_a_needle_said_right_before_the_question_has_no_margin() -> None:
         Sample(sample, np.ones(512, np.float32), np.zeros(512, bool), answer)
         for sample in (told, late)
     ]
-    held_out = train_landmark._Excerpts(text)
+    held_out = Excerpts(text)
     with torch.no_grad():
         both = train_landmark._margins(model, held_out, samples)
         assert both == train_landmark._margins(model, held_out, samples[:1])
@@ -341,3 +341,28 @@ def test_grouped_cross_attention_is_trained_by_the_same_loop(
     assert report == recipe.examine(model, held_out, 0)
     assert report["bits_per_byte_1024"] < 8.5
     assert {"found_pass_key", "found_named", "found_two_hops"} <= report.keys()
+
+
+def test_every_fifth_step_a_chunk_asks_for_the_next_one() -> None:
+    """As published; else the first token of each segment."""
+    tasks = Tasks(Excerpts(np.full(5000, 46, np.uint8)), named=0.0)  # type: ignore[arg-type]
+    samples = [tasks.hide_named(np.random.default_rng(0), 1024)]
+    asked = []
+
+    class Network(torch.nn.Module):
+        config = GCAConfig()
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, chunks, segment, noise, foreign, passage, apart):  # type: ignore
+            asked.append((segment, noise, foreign))
+            return torch.zeros(*chunks.shape, 256) + self.weight
+
+    curriculum = (Stage(10, 1024, 1), Stage(10, 1024, 1, distractors=1))
+    for step in range(20):
+        train.RECIPES["gca"].loss(Network(), samples, step, curriculum)
+    assert [segment for segment, *_ in asked] == [16, 16, 16, 16, 0] * 4
+    assert [foreign for *_, foreign in asked] == [False] * 10 + [True] * 10
+    assert all(noise for _, noise, _ in asked)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bench.reading import cache_bytes, reading
+from bench.reading import cache_bytes, of_landmark, reading
 from kvstore.block import BlockSpec
 from kvstore.config import StoreConfig
 from kvstore.store import Store
@@ -212,7 +212,7 @@ def matmul_rate(n: int = 20) -> float:
 def main() -> None:
     """Measure and print; the last line is JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="landmark")
+    parser.add_argument("--model", type=of_landmark, default="landmark")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--lengths", type=int, nargs="+", default=[64 * 1024, 1024 * 1024])
     parser.add_argument("--steps", type=int, default=256, help="tokens decoded at each length")

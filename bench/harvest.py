@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from bench.reading import of_landmark
 from model import checkpoint, haystack
 from model.data import read_text
 from model.landmark import LandmarkAttention
@@ -32,7 +33,7 @@ WINDOW, LEAD = 64, 8
 def main() -> None:
     """Read windows, write the file; the last line is JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="landmark")
+    parser.add_argument("--model", type=of_landmark, default="landmark")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--corpus", type=Path)
     parser.add_argument("--count", type=int, default=2**20, help="landmarks")

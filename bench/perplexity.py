@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from bench.reading import reading
+from bench.reading import of_landmark, reading
 from model import checkpoint
 from model.config import ModelConfig
 from model.data import read_text
@@ -83,7 +83,7 @@ def bits(job: Job) -> float:
 def main() -> None:
     """Score, print a row a context length; the last line is JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="landmark")
+    parser.add_argument("--model", type=of_landmark, default="landmark")
     parser.add_argument("--corpus", type=Path, required=True)
     parser.add_argument("--text", default="great_expectations", help="the text's name")
     parser.add_argument("--targets", type=int, default=96)

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from bench import passkey, perplexity
-from bench.reading import interval, reading
+from bench.reading import interval, of_landmark, reading
 from kvstore.mixed_codec import MixedCodec
 from kvstore.promises import PRECISIONS
 from model import checkpoint
@@ -81,7 +81,7 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--model", default="landmark")
+    parser.add_argument("--model", type=of_landmark, default="landmark")
     parser.add_argument("--corpus", type=Path, required=True, help="folder with the novels")
     parser.add_argument("--tokens", type=int, default=2**16, help="read for pass keys")
     parser.add_argument("--keys", type=int, default=10, help="pass keys a precision")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
 from math import sqrt
@@ -9,11 +10,23 @@ from typing import Any
 
 from kvstore.config import IndexConfig, StoreConfig
 from kvstore.store import Store
+from model import checkpoint
 from model.families import family_of
 from model.stream import Stream
 
 SHARES = (1 / 32, 1 / 8)
 """Hot and warm tier as shares of the whole cache: 32 MiB and 128 MiB of 1 GiB."""
+
+
+def of_landmark(name: str) -> str:
+    """Read the name of a model with Landmark Attention, for benches that measure nothing else."""
+    try:
+        family = checkpoint.load(name).config.family
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    if family != "landmark":
+        raise argparse.ArgumentTypeError(f"{name!r} is of family {family!r}, not 'landmark'")
+    return name
 
 
 def cache_bytes(model: Any, tokens: int) -> int:

@@ -167,7 +167,7 @@ def main() -> int:
     figures: dict[str, Any] = report["writer"]
     left = figures["pins_left"] or figures["blocks_left_over"]
     # Of small tiers Python itself is the most.
-    over = args.large and figures["held_of_budget"] > 1.1
+    over = args.large and figures["anonymous_of_budget"] > 1.1
     return 1 if wrong or figures["damaged"] or left or over else 0
 
 

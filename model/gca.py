@@ -19,7 +19,16 @@ from torch.nn import functional as F
 from model.attention import weighed_attention, wide
 from model.config import VOCABULARY, GCAConfig
 from model.embedding import Embedding
-from model.layers import MLP, LocalAttention, RMSNorm, Rotary, merge_heads, rotate, split_heads
+from model.layers import (
+    MLP,
+    LocalAttention,
+    RMSNorm,
+    Rotary,
+    draw_weights,
+    merge_heads,
+    rotate,
+    split_heads,
+)
 
 
 class ChunkAttention(nn.Module):
@@ -156,12 +165,7 @@ class GroupedCrossTransformer(nn.Module):
 
     def _initialize(self) -> None:
         layers = self.config.lower + self.config.groups * self.config.group_layers
-        for name, weight in self.named_parameters():
-            if weight.dim() == 2:
-                std = 0.02 if "embedding" in name else weight.shape[1] ** -0.5
-                if name.endswith(("out.weight", "down.weight")):
-                    std /= (2 * layers) ** 0.5
-                nn.init.normal_(weight, std=std)
+        draw_weights(self, layers)
         self._look_back()
 
     @torch.no_grad()

@@ -24,6 +24,16 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.gain.shape, self.gain, 1e-6)
 
 
+def draw_weights(model: nn.Module, layers: int) -> None:
+    """Draw a model's matrices; what is added to the residual stream is smaller with more layers."""
+    for name, weight in model.named_parameters():
+        if weight.dim() == 2:
+            std = 0.02 if "embedding" in name else weight.shape[1] ** -0.5
+            if name.endswith(("out.weight", "down.weight")):
+                std /= (2 * layers) ** 0.5
+            nn.init.normal_(weight, std=std)
+
+
 class MLP(nn.Module):
     """Two linear maps around a GELU."""
 

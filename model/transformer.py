@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from model.config import VOCABULARY, ModelConfig
 from model.embedding import Embedding
 from model.landmark import LandmarkAttention
-from model.layers import MLP, LocalAttention, RMSNorm, Rotary
+from model.layers import MLP, LocalAttention, RMSNorm, Rotary, draw_weights
 
 
 class Layer(nn.Module):
@@ -42,13 +42,7 @@ class Transformer(nn.Module):
             self._initialize()
 
     def _initialize(self) -> None:
-        config = self.config
-        for name, weight in self.named_parameters():
-            if weight.dim() == 2:
-                std = 0.02 if "embedding" in name else weight.shape[1] ** -0.5
-                if name.endswith(("out.weight", "down.weight")):
-                    std /= (2 * len(config.layers)) ** 0.5
-                nn.init.normal_(weight, std=std)
+        draw_weights(self, len(self.config.layers))
         self._look_back()
 
     @torch.no_grad()

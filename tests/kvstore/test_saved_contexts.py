@@ -113,8 +113,12 @@ def test_names_change_and_are_taken(make_store, tmp_path):
     for change in (store.kept.rename, store.kept.fork):
         with pytest.raises(KeyError, match="no context 'x'"):
             change("x", "y")
+    changes = (lambda: store.kept.rename("a", "c"), lambda: store.kept.delete("a"))
+    for change in changes:  # open, but never saved
+        with pytest.raises(KeyError, match="no context 'a'"):
+            change()
     twin.context.save()
-    for change in (lambda: store.kept.rename("a", "c"), lambda: store.kept.delete("a")):
+    for change in changes:
         with pytest.raises(ValueError, match="'a' is open"):
             change()
     twin.context.close()

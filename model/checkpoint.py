@@ -16,12 +16,15 @@ from model.families import FAMILIES
 SHIPPED = Path(__file__).parent / "checkpoints"
 
 
-def save(model: Any, path: Path, info: dict[str, Any]) -> None:
-    """Write a model's weights, its configuration and `info` (how it was made) to `path`."""
+def save(model: Any, path: Path, info: dict[str, Any], dtype: torch.dtype = torch.float32) -> None:
+    """Write a model's weights, its configuration and `info` (how it was made) to `path`.
+
+    dtype: of the weights in the file; a model that is loaded has float32.
+    """
     header = {"config": json.dumps(model.config.to_dict()), "info": json.dumps(info)}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    weights = {name: t.detach().contiguous() for name, t in model.state_dict().items()}
+    weights = {name: t.detach().to(dtype).contiguous() for name, t in model.state_dict().items()}
     save_file(weights, partial, metadata=header)
     partial.replace(path)
 

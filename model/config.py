@@ -83,7 +83,8 @@ class GCAConfig:
     width: size of the residual stream; heads * head_dim. mlp_width: of the MLPs' hidden layers.
     lower, encoder: layers below the chunk encoder, and of it. groups, group_layers: how often the
     upper layers search, and how many share what was found.
-    reach: bytes that each place's embedding knows of: its own and those right before it.
+    reach: bytes that each place's embedding knows of: its own and those right before it. grams:
+    lengths of the strings that end there and are embedded whole, by one of `buckets` vectors each.
     block_size: tokens of a chunk; the landmark token takes one position more.
     window_blocks: how many chunks before its own a place sees directly.
     landmark_dim: size of landmarks and of the queries that find them.
@@ -102,6 +103,8 @@ class GCAConfig:
     block_size: int = 64
     window_blocks: int = 1
     reach: int = 4
+    grams: tuple[int, ...] = (3, 6)
+    buckets: int = 8192
     rope_base: float = 1e4
     landmark_dim: int = 64
     top_k: int = 8
@@ -110,9 +113,12 @@ class GCAConfig:
     def __post_init__(self) -> None:
         if self.family != "gca":
             raise ValueError(f"model family {self.family!r} is not 'gca'")
+        object.__setattr__(self, "grams", tuple(self.grams))  # a list in a checkpoint's header
+        if any(size < 1 for size in self.grams):
+            raise ValueError(f"grams must be at least 1 each, not {list(self.grams)}")
         for name, value in asdict(self).items():
             least = 0 if name in ("segment", "lower") else 1
-            if name not in ("family", "rope_base") and value < least:
+            if name not in ("family", "rope_base", "grams") and value < least:
                 raise ValueError(f"{name} must be at least {least}, not {value}")
         if self.width % self.heads or (self.width // self.heads) % 2:
             raise ValueError(

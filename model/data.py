@@ -324,11 +324,13 @@ class Tasks:
             numbers[name] = numbers[other]
         asked = rng.permutation(sorted(numbers))[: 1 + length // 256].tolist()
         said = [(keys.ask(name), f" {numbers[name]}.") for name in asked]
-        end = sum(len(part) for pair in said for part in pair)
+        # What comes between is of any length: where an answer stands must say nothing.
+        between = rng.integers(0, 32, len(said))
+        end = sum(len(part) for pair in said for part in pair) + int(between.sum())
         room = length - end - sum(map(len, hidden))
         if room < 0:
             return None
-        filler, weight = self.filler(rng, room)
+        filler, weight = self.filler(rng, length)
         cuts = np.sort(rng.integers(0, room + 1, len(hidden)))
         pieces: list[tuple[Bytes, float]] = []
         start = 0
@@ -336,15 +338,19 @@ class Tasks:
             pieces.append((filler[start:cut], weight))
             pieces.append((np.frombuffer(hidden[index].encode(), np.uint8), 0.3))
             start = cut
-        pieces.append((filler[start:], weight))
-        for question, answer in said:
+        pieces.append((filler[start:room], weight))
+        start = room
+        for (question, answer), size in zip(said, between, strict=True):
             pieces.append((np.frombuffer(question.encode(), np.uint8), 0.3))
             pieces.append((np.frombuffer(answer.encode(), np.uint8), self.answer_weight))
+            pieces.append((filler[start : start + size], weight))
+            start += size
+        stop = length - int(between[-1]) - 1
         return Sample(
             np.concatenate([data for data, _ in pieces]),
             np.concatenate([np.full(len(data), each, np.float32) for data, each in pieces]),
             np.zeros(length, bool),  # the names tell them from what other texts say
-            answer=slice(length - 6, length - 1),
+            answer=slice(stop - 5, stop),
         )
 
     def _saying(self, rng: np.random.Generator, name: str, number: str) -> str:

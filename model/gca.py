@@ -153,7 +153,7 @@ class GroupedCrossTransformer(nn.Module):
         """Make a model; initialize: False where the weights are about to be loaded."""
         super().__init__()
         self.config = config
-        self.embedding = Embedding(config.width, config.reach)
+        self.embedding = Embedding(config.width, config.reach, config.grams, config.buckets)
         self.lower = nn.ModuleList(LowerLayer(config) for _ in range(config.lower))
         self.encoder = Encoder(config)
         self.groups = nn.ModuleList(Group(config) for _ in range(config.groups))

@@ -12,10 +12,10 @@ _VOWELS = "aeiou"
 
 
 def draw_name(rng: np.random.Generator) -> str:
-    """Draw one of 421,875 names of three syllables, like "velora"."""
+    """Draw a name of two to four syllables, like "velora"."""
     return "".join(
         _CONSONANTS[rng.integers(len(_CONSONANTS))] + _VOWELS[rng.integers(len(_VOWELS))]
-        for _ in range(3)
+        for _ in range(rng.integers(2, 5))
     )
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -20,12 +21,14 @@ class Recipe:
 
     config: makes the configuration. loss: takes the model, possibly compiled, a step's samples, the
     step and the curriculum. examine: measures a model on held-out text; takes a seed, too.
+    written: the dtype of the finished weights in their file.
     """
 
     curriculum: tuple[Stage, ...]
     config: Callable[[], Any]
     loss: Callable[[Any, list[Sample], int, tuple[Stage, ...]], Tensor]
     examine: Callable[[Any, np.ndarray, int], dict[str, Any]]
+    written: torch.dtype = torch.float32
 
 
 def weighed_loss(

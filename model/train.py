@@ -145,7 +145,7 @@ def train(arguments: argparse.Namespace) -> None:
         "hours": round((time.monotonic() - began) / 3600, 2),
         "threads": torch.get_num_threads(),
     }
-    checkpoint.save(model, arguments.out, info)
+    checkpoint.save(model, arguments.out, info, recipe.written)
     print(json.dumps({"out": str(arguments.out), **info}))
 
 

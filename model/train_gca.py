@@ -115,4 +115,4 @@ def _share_found(model: Any, samples: list[Sample]) -> float:
     return found / len(samples)
 
 
-RECIPE = Recipe(CURRICULUM, GCAConfig, _step_loss, examine)
+RECIPE = Recipe(CURRICULUM, GCAConfig, _step_loss, examine, written=torch.float16)

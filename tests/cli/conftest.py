@@ -40,7 +40,16 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     torch.manual_seed(0)
     configs = (
         ModelConfig(width=32, heads=2, layers="lr", mlp_width=32, block_size=32, near=1, top_k=1),
-        GCAConfig(width=16, heads=1, lower=1, mlp_width=32, block_size=32, landmark_dim=8, top_k=2),
+        GCAConfig(
+            width=16,
+            heads=1,
+            lower=1,
+            mlp_width=32,
+            block_size=32,
+            landmark_dim=8,
+            top_k=2,
+            buckets=64,
+        ),
     )
     paths = {}
     for config in configs:

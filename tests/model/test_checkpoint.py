@@ -44,6 +44,15 @@ def test_round_trip(model: Transformer, path: Path) -> None:
     assert torch.equal(model(text), again(text))
 
 
+def test_weights_written_small_are_float32_when_loaded(model: Transformer, tmp_path: Path) -> None:
+    path = tmp_path / "half.safetensors"
+    checkpoint.save(model, path, {}, torch.float16)
+    again = checkpoint.load(str(path))
+    for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True):
+        assert b.dtype == torch.float32
+        assert torch.equal(a.half().float(), b)
+
+
 def test_how_it_was_made_stands_in_the_header(path: Path) -> None:
     with safe_open(path, framework="pt") as file:
         header = file.metadata()

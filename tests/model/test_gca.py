@@ -24,6 +24,8 @@ CONFIG = GCAConfig(
     landmark_dim=6,
     top_k=2,
     segment=2,
+    grams=(2, 5),
+    buckets=32,
 )
 SEQUENCES, CHUNKS = 2, 5
 PLACES = CONFIG.block_size + 1
@@ -101,6 +103,11 @@ def run_one(weights, text, config, segment, found_of):
     for i, _ in enumerate(flat):
         recent = [flat[i - back] if i >= back else 256 for back in range(config.reach)]
         state.append(sum(table[back, byte] for back, byte in enumerate(recent)))
+        for n, size_of_string in enumerate(config.grams):
+            string = [flat[j] if j >= 0 else 256 for j in range(i - size_of_string + 1, i + 1)]
+            value = sum(x * 1103515245**power for power, x in enumerate(reversed(string)))
+            row = n * config.buckets + value % (2**31 - 1) % config.buckets
+            state[-1] = state[-1] + weights["embedding.grams"][row]
         if i % size == size - 1:
             state.append(table[0, 256])
     window = config.window_blocks * (size + 1)

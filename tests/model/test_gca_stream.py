@@ -33,8 +33,11 @@ CONFIG = GCAConfig(
     landmark_dim=8,
     top_k=3,
     segment=4,
+    buckets=64,
 )
-WIDER = replace(CONFIG, window_blocks=2, encoder=2, lower=2, group_layers=1, groups=3, heads=4)
+WIDER = replace(
+    CONFIG, grams=(), window_blocks=2, encoder=2, lower=2, group_layers=1, groups=3, heads=4
+)
 SIZE = CONFIG.block_size
 
 

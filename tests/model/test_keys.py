@@ -27,7 +27,8 @@ def draw(seed: int, hops: float, length: int = 1024) -> Sample:
 def test_names_are_all_different() -> None:
     names = keys.draw_names(np.random.default_rng(0), 500)
     assert len(set(names)) == 500
-    assert all(re.fullmatch("([bdfgjklmnprstvz][aeiou]){3}", name) for name in names)
+    assert all(re.fullmatch("([bdfgjklmnprstvz][aeiou]){2,4}", name) for name in names)
+    assert {len(name) for name in names} == {4, 6, 8}
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -38,7 +39,8 @@ def test_every_answer_follows_from_what_is_hidden(seed: int, hops: float) -> Non
     assert len(text) == 1024 == len(sample.weight) == len(sample.said)
     number = dict(re.findall(r"The pass key of (\w+) is (\d{5})\. Remember it\.", text))
     other = dict(re.findall(r"The pass key of (\w+) is that of (\w+)\.", text))
-    assert bool(other) == (hops > 0)
+    if hops != 0.5:  # of a half there may be none
+        assert bool(other) == bool(hops)
     assert not number.keys() & other.keys()
     asked = re.findall(r"What is the pass key of (\w+)\? The pass key of (\w+) is (\d{5})\.", text)
     assert asked
@@ -49,6 +51,14 @@ def test_every_answer_follows_from_what_is_hidden(seed: int, hops: float) -> Non
     assert bytes(sample.text[sample.answer]).decode() == asked[-1][2]
     heavy = bytes(sample.text[sample.weight == 8.0]).decode()
     assert heavy == "".join(f" {answer}." for *_, answer in asked)
+
+
+def test_answers_stand_anywhere() -> None:
+    places = np.array([draw(seed, 0.0).answer.start for seed in range(200)])  # type: ignore[union-attr]
+    assert len(set(places % 16)) == 16
+    text = bytes(draw(0, 0.0).text)
+    gaps = np.diff([match.start() for match in re.finditer(b" What", text)])
+    assert len(set(gaps)) > 1
 
 
 def test_a_text_too_short_for_names_has_one_key_without() -> None:

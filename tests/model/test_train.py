@@ -313,7 +313,7 @@ def test_grouped_cross_attention_is_trained_by_the_same_loop(
     """With noise in what it selects, and stopped midway."""
     config = GCAConfig(
         width=16, heads=2, lower=1, groups=2, mlp_width=32, block_size=16, landmark_dim=8, top_k=2,
-        segment=8,
+        segment=8, buckets=64,
     )  # fmt: skip
     mixture = {"needles": 0.6, "named": 0.5, "hops": 0.5}
     curriculum = (

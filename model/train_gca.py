@@ -14,16 +14,22 @@ from model.data import Bytes, Excerpts, Sample, Tasks
 from model.recipe import Recipe, weighed_loss
 from model.stages import Stage, stage_of
 
-_MIXTURE = {"needles": 0.6, "mentions": 0.6, "repeats": 0.6, "named": 0.6, "hops": 0.5}
+_AGAIN = {"mentions": 0.6, "repeats": 0.6}
+_MIXTURE = {**_AGAIN, "needles": 0.6, "named": 0.6, "hops": 0.5}
 
 CURRICULUM = (
-    Stage(400, 512, 16, **_MIXTURE),  # type: ignore[arg-type]
-    Stage(3600, 1024, 8, distractors=1, **_MIXTURE),  # type: ignore[arg-type]
-    Stage(1000, 4096, 2, distractors=1, **_MIXTURE),  # type: ignore[arg-type]
+    Stage(300, 512, 16, **_AGAIN, needles=0.9, named=0.9),  # type: ignore[arg-type]
+    Stage(700, 1024, 8, distractors=1, **_AGAIN, needles=0.8, named=0.8, hops=0.5),  # type: ignore[arg-type]
+    Stage(1400, 1024, 8, distractors=1, **_MIXTURE),  # type: ignore[arg-type]
+    Stage(500, 4096, 2, distractors=1, **_MIXTURE),  # type: ignore[arg-type]
+    Stage(80, 16384, 1, **_MIXTURE),  # type: ignore[arg-type]
 )
-"""With distractors, the chunks of the other sequences of a batch may be found, too."""
+"""Names come first, in texts so short that every chunk is found: so the search learns at once what
+to look for. With distractors, the chunks of the other sequences of a batch may be found, too."""
 
-_BY_CHUNK = 5  # every so many steps a chunk uses what the landmark before it finds
+_SEGMENTS = (None, None, 4, None, 0)
+"""What steps use in turn: the configuration's segments; short ones, so that any place learns to
+ask; and whole chunks, for which the landmark before asks."""
 
 
 def loss_of(
@@ -52,7 +58,7 @@ def _step_loss(
     said = torch.from_numpy(np.stack([s.said for s in samples])).to(device)
     passage = torch.tensor([s.passage for s in samples], device=device)
     apart = said.unflatten(1, (-1, forward.config.block_size)).any(dim=-1)
-    segment = 0 if step % _BY_CHUNK == _BY_CHUNK - 1 else forward.config.segment
+    segment = _SEGMENTS[step % len(_SEGMENTS)]
     foreign = bool(stage_of(step, curriculum).distractors)
     return loss_of(forward, text, weight, segment, True, foreign, passage, apart)
 
@@ -107,7 +113,7 @@ def _share_found(model: Any, samples: list[Sample]) -> float:
         said = torch.from_numpy(np.stack([s.said for s in some])).to(device)
         apart = said.unflatten(1, (-1, model.config.block_size)).any(dim=-1)
         chunks = x.unflatten(1, (-1, model.config.block_size))
-        guess = model(chunks, foreign=True, apart=apart).flatten(1, 2).argmax(-1)
+        guess = model(chunks, 4, foreign=True, apart=apart).flatten(1, 2).argmax(-1)
         for row, wanted, sample in zip(guess, x, some, strict=True):
             assert sample.answer is not None
             start, stop = sample.answer.start, sample.answer.stop

@@ -343,8 +343,8 @@ def test_grouped_cross_attention_is_trained_by_the_same_loop(
     assert {"found_pass_key", "found_named", "found_two_hops"} <= report.keys()
 
 
-def test_every_fifth_step_a_chunk_asks_for_the_next_one() -> None:
-    """As published; else the first token of each segment."""
+def test_in_turn_segments_short_ones_and_chunks_ask() -> None:
+    """Chunks as published: for the next one."""
     tasks = Tasks(Excerpts(np.full(5000, 46, np.uint8)), named=0.0)  # type: ignore[arg-type]
     samples = [tasks.hide_named(np.random.default_rng(0), 1024)]
     asked = []
@@ -363,6 +363,6 @@ def test_every_fifth_step_a_chunk_asks_for_the_next_one() -> None:
     curriculum = (Stage(10, 1024, 1), Stage(10, 1024, 1, distractors=1))
     for step in range(20):
         train.RECIPES["gca"].loss(Network(), samples, step, curriculum)
-    assert [segment for segment, *_ in asked] == [16, 16, 16, 16, 0] * 4
+    assert [segment for segment, *_ in asked] == [None, None, 4, None, 0] * 4
     assert [foreign for *_, foreign in asked] == [False] * 10 + [True] * 10
     assert all(noise for _, noise, _ in asked)

@@ -1,0 +1,199 @@
+"""What a text's length costs: reading, a written token, a query of the index, and memory.
+
+Each length is read in one go with the memory tiers the same share of the cache; then the bytes that
+follow it are read one by one in a fork, a search each, as an answer is written. Their queries are
+asked again of that text's landmarks, exactly and through HNSW, in turn. Medians are reported.
+
+python -m bench.scaling --model gca --plot docs/scaling.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor
+
+from bench.decode import matmul_rate
+from bench.index import measure
+from bench.reading import SHARES, cache_bytes, reading
+from kvstore.cli.memory import PeakMemory, anonymous_bytes
+from kvstore.config import IndexConfig
+from kvstore.index import LandmarkIndex
+from model import checkpoint, haystack
+from model.generate import prefill
+from model.stream import Stream
+
+LENGTHS = (64 * 1024, 1024 * 1024, 16 * 1024 * 1024)
+SEGMENT = 1024
+"""Landmarks of the smallest graph here, so that the shortest text has one, too."""
+
+
+def listen(stream: Stream) -> list[Tensor]:
+    """Note the queries [m, dim] that are asked of a stream's first index from now on."""
+    heard: list[Tensor] = []
+    search = stream.context.index.search
+
+    def heard_search(streams: Any, queries: Tensor, *args: Any, **kwargs: Any) -> Any:
+        heard.append(queries[0].clone())
+        return search(streams, queries, *args, **kwargs)
+
+    stream.context.index.search = heard_search  # type: ignore[method-assign]
+    return heard
+
+
+def write(stream: Stream, tokens: Tensor) -> tuple[list[float], Tensor]:
+    """Read tokens one by one, a search each; return the seconds and the queries [m, dim]."""
+    asker = stream.fork()
+    try:
+        asker.retrieval = replace(asker.retrieval, segment=1)
+        heard = listen(asker)
+        seconds = []
+        for token in tokens:
+            began = time.perf_counter()
+            asker.read(token[None])
+            seconds.append(time.perf_counter() - began)
+    finally:
+        asker.context.close()
+    return seconds, torch.cat(heard)
+
+
+def query_times(landmarks: Tensor, queries: Tensor, k: int, seconds: float) -> dict[str, Any]:
+    """Ask landmarks [n, dim], exactly and through HNSW; see bench.index."""
+    config = IndexConfig(kind="hnsw", segment=SEGMENT, sample=0)
+    indexes = [
+        LandmarkIndex(each, 1, landmarks.shape[1]) for each in (IndexConfig(kind="exact"), config)
+    ]
+    began = time.perf_counter()
+    for index in indexes:
+        index.add([0], landmarks[None])
+        index.wait()
+    built = time.perf_counter() - began
+    row = measure(indexes[0], indexes[1], landmarks, queries, k, 1, seconds)
+    for index in indexes:
+        index.close()
+    return {"build_seconds": built, **row}
+
+
+def length(name: str, tokens: int, steps: int, device: str) -> dict[str, Any]:
+    """Read `tokens` of library source, then the `steps` bytes that follow it."""
+    model = checkpoint.load(name).to(device)
+    text = haystack.source_text(tokens + steps, seed=1)
+    after = torch.frombuffer(bytearray(text[tokens:]), dtype=torch.uint8)
+    before = anonymous_bytes()
+    with PeakMemory() as memory, reading(model, tokens, device=device) as stream:
+        console = Console(stderr=True)
+        with Progress(console=console, disable=not console.is_terminal) as progress:
+            task = progress.add_task(f"{tokens:,} tokens", total=tokens)
+            began = time.perf_counter()
+            prefill(stream, text[:tokens], lambda n: progress.update(task, completed=n))
+            seconds = time.perf_counter() - began
+        stream.context.index.wait()
+        write(stream, after[: steps // 4])  # what it reads the first time is on disk, and cold
+        written, queries = write(stream, after)
+        index, usage = stream.context.index, stream.store.usage()
+        stats = stream.store.stats.snapshot()
+        row = {
+            "tokens": tokens,
+            "prefill_seconds": seconds,
+            "prefill_tokens_per_s": tokens / seconds,
+            "write_ms_per_token": 1e3 * statistics.median(written),
+            "cache_bytes": cache_bytes(model, tokens),
+            "used_bytes": {tier: each.used_bytes for tier, each in usage.items()},
+            "index_bytes": index.nbytes,
+            "kind": index.stats.kind,
+            "hits": {tier: each["hits"] for tier, each in stats["tiers"].items()},
+            "lookups": stats["lookups"],
+            "landmarks": index.length(0),
+        }
+        row |= query_times(index.landmarks(0).float().cpu(), queries.cpu(), model.config.top_k, 2.0)
+        row["anonymous_bytes"] = memory.peak_bytes - before - len(text)
+    return row
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Draw memory, tokens a second and time a query over the length."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (size, speed, query) = pyplot.subplots(1, 3, figsize=(12, 4), layout="constrained")
+    lengths = [row["tokens"] for row in rows]
+    for tier in ("hot", "warm", "cold"):
+        size.loglog(lengths, [r["used_bytes"][tier] / 2**20 for r in rows], "o-", label=tier)
+    size.loglog(lengths, [r["index_bytes"] / 2**20 for r in rows], "o--", label="index")
+    size.loglog(lengths, [r["cache_bytes"] / 2**20 for r in rows], ":", label="whole cache")
+    size.set_ylabel("MiB")
+    speed.semilogx(lengths, [r["prefill_tokens_per_s"] for r in rows], "o-", label="read")
+    written = [1e3 / r["write_ms_per_token"] for r in rows]
+    speed.semilogx(lengths, written, "o-", label="written")
+    speed.set_yscale("log")
+    speed.set_ylabel("tokens a second")
+    for way in ("exact", "hnsw"):
+        query.loglog(lengths, [r[f"{way}_us"] for r in rows], "o-", label=way)
+    query.set_ylabel("microseconds a query")
+    for axes in (size, speed, query):
+        axes.set_xlabel("tokens")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    """Measure each length, print a row for it; the last line is JSON."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.scaling",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--model", default="gca")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--lengths", type=int, nargs="+", default=list(LENGTHS))
+    parser.add_argument("--steps", type=int, default=256, help="tokens written at each length")
+    parser.add_argument("--plot", type=Path, help="write the figures as a picture")
+    a = parser.parse_args()
+    report: dict[str, Any] = {"bench": "scaling", "model": a.model, "shares": SHARES}
+    report |= {"threads": torch.get_num_threads(), "matmul_gflop_s": round(matmul_rate())}
+    rows = []
+    try:
+        for tokens in a.lengths:
+            row = length(a.model, tokens, a.steps, a.device)
+            rows.append(row)
+            print(
+                f"{tokens:>9} tokens: read {row['prefill_tokens_per_s']:.0f} tokens/s,"
+                f" written {row['write_ms_per_token']:.2f} ms a token ({row['kind']});"
+                f" {row['landmarks']} landmarks, a query {row['hnsw_us']:.0f} us by HNSW"
+                f" (recall {row['recall']:.3f}), {row['exact_us']:.0f} us exactly;"
+                f" {row['anonymous_bytes'] / 2**20:.0f} MiB anonymous of a cache of"
+                f" {row['cache_bytes'] / 2**20:.0f}",
+                flush=True,
+            )
+    except ValueError as error:
+        parser.error(str(error))
+    first, last = rows[0], rows[-1]
+    report |= {
+        "rows": rows,
+        "write_ratio": last["write_ms_per_token"] / first["write_ms_per_token"],
+        "query_ratio": last["hnsw_us"] / first["hnsw_us"],
+        "prefill_ratio": last["prefill_tokens_per_s"] / first["prefill_tokens_per_s"],
+    }
+    print(
+        f"longest to shortest: a written token {report['write_ratio']:.2f}, an HNSW query"
+        f" {report['query_ratio']:.2f}, read tokens/s {report['prefill_ratio']:.2f}"
+    )
+    if a.plot:
+        plot(rows, a.plot)
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()

@@ -8,6 +8,7 @@ ones. At the shortest length the key is also said and asked for in other ways, a
 bytes and in another alphabet's letters.
 
 python -m bench.passkey --model landmark --corpus texts
+python -m bench.passkey --model gca --corpus texts --lengths 65536:20 1048576:20 16777216:3
 """
 
 from __future__ import annotations
@@ -127,18 +128,36 @@ def table(
     return rows
 
 
+def length_of(given: str) -> tuple[int, int]:
+    """Read TOKENS:READINGS."""
+    tokens, _, readings = given.partition(":")
+    if not (tokens.isdigit() and readings.isdigit() and int(tokens) and int(readings)):
+        raise argparse.ArgumentTypeError(f"{given!r} is not TOKENS:READINGS, like 65536:20")
+    return int(tokens), int(readings)
+
+
 def _start(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
 def main() -> None:
     """Read, ask, print the tables; the last line is JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.passkey",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--model", default="landmark")
     parser.add_argument("--corpus", help="folder with moby_dick.txt[.gz], the validation novel")
-    parser.add_argument("--scale", type=float, default=1.0, help="share of the readings to do")
-    parser.add_argument("--longest", type=int, default=1 << 20, help="leave out longer lengths")
-    parser.add_argument("--variants", type=int, default=10, help="readings a variant at 32K")
+    parser.add_argument(
+        "--lengths",
+        type=length_of,
+        nargs="+",
+        default=LENGTHS,
+        metavar="TOKENS:READINGS",
+        help="default: " + " ".join(f"{tokens}:{readings}" for tokens, readings in LENGTHS),
+    )
+    parser.add_argument("--variants", type=int, default=10, help="readings a variant, the shortest")
     parser.add_argument("--jobs", type=int, default=2, help="readings at a time")
     parser.add_argument("--threads", type=int, default=1, help="threads a reading")
     parser.add_argument("--seed", type=int, default=0)
@@ -153,14 +172,13 @@ def main() -> None:
     seeds = count(a.seed, 1000)
     jobs = [
         Job(a.model, a.corpus, kinds[i % len(kinds)], "trained", tokens, next(seeds), True)
-        for tokens, readings in LENGTHS
-        if tokens <= a.longest
-        for i in range(max(1, round(readings * a.scale)))
+        for tokens, readings in a.lengths
+        for i in range(readings)
     ]
     variants = [("source", phrase) for phrase in PHRASES if phrase != "trained"]
     variants += [("bytes", "trained"), ("georgian", "trained")]
     jobs += [
-        Job(a.model, a.corpus, filler, phrase, LENGTHS[0][0], next(seeds), False)
+        Job(a.model, a.corpus, filler, phrase, a.lengths[0][0], next(seeds), False)
         for filler, phrase in variants
         for _ in range(a.variants)
     ]
@@ -179,7 +197,9 @@ def main() -> None:
         "model": a.model,
         "by_length": table("found, by tokens read", main_jobs, lambda j: j.tokens),
         "by_filler": table("found, by filler", main_jobs, lambda j: j.filler),
-        "variants": table("variants at 32K", others, lambda j: f"{j.filler}: {j.phrase}"),
+        "variants": table(
+            f"variants at {a.lengths[0][0]} tokens", others, lambda j: f"{j.filler}: {j.phrase}"
+        ),
         "minutes": round((time.perf_counter() - began) / 60, 1),
     }
     print(json.dumps(report))

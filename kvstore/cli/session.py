@@ -30,7 +30,8 @@ from model.generate import Sampling, generate, prefill
 from model.stream import Stream
 
 SNAPSHOT = 2**16
-"""Tokens after which a kept context is saved while it is read: what an interruption may cost."""
+"""Tokens after which a kept context is saved while it is read: what an interruption or damage may
+cost. At first it is saved after 4,096 of them, and whenever it has doubled."""
 
 
 class Session:
@@ -85,7 +86,7 @@ class Session:
 
         def note(tokens: int) -> None:
             nonlocal kept_to
-            if self._kept and tokens - kept_to >= SNAPSHOT:
+            if self._kept and tokens - kept_to >= min(SNAPSHOT, max(2**12, saved + kept_to)):
                 self._save(text[kept_to:tokens], snapshot=True)
                 kept_to = tokens
             progress(saved + tokens)

@@ -183,6 +183,19 @@ def test_a_text_that_parts_ways_begins_at_a_snapshot(
     assert keep("d", "--json", text=other).figures["reused_tokens"] == 4096
 
 
+def test_snapshots_are_dense_at_the_beginning(
+    keep: Kvstore, book: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session, "SNAPSHOT", 8192)
+    book.write_bytes(np.random.default_rng(1).bytes(30_000))
+    keep("a")
+    other, reused = tmp_path / "other", []
+    for cut in (4000, 5000, 8191, 8192, 16_000, 17_000, 29_999):
+        other.write_bytes(book.read_bytes()[:cut] + b"\0another end")
+        reused.append(keep(str(cut), "--json", text=other).figures["reused_tokens"])
+    assert reused == [0, 4096, 4096, 8192, 8192, 16_384, 24_576]
+
+
 def listed(kvstore: Kvstore, store: Path) -> dict[str, Any]:
     ran = kvstore("contexts", store, "--json")
     assert ran.code == 0, ran.err

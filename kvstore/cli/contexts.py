@@ -42,7 +42,7 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     parser.add_argument("store", metavar="DIR", type=words, help="the store's directory")
     options.add_cold(parser)
     options.add_json(parser)
-    actions = parser.add_subparsers(title="changes", metavar="CHANGE", dest="change")
+    actions = parser.add_subparsers(title="changes", metavar="[CHANGE]", dest="change")
     for name, names, about in (
         ("fork", ("NAME", "NEW"), "keep the same past under a second name"),
         ("rename", ("NAME", "NEW"), "give a context another name"),
@@ -67,6 +67,7 @@ def main(args: argparse.Namespace) -> int:
         with checking_input():
             if args.change == "fork":
                 store.kept.fork(args.name, args.new)
+                store.kept.note(args.new, asked=None)
             elif args.change == "rename":
                 store.kept.rename(args.name, args.new)
             elif args.change == "rm":

@@ -50,11 +50,13 @@ def write_spec(directory: Path, spec: BlockSpec) -> None:
 
 
 def read_spec(directory: Path) -> BlockSpec:
-    """Read it back. ValueError where there is none, CorruptStoreError where it is damaged."""
+    """Read it back. ValueError where there is no store, CorruptStoreError where it is damaged."""
     path = directory / NAME
     try:
         checksum, text = path.read_text().splitlines()
     except OSError as error:
+        if isinstance(error, FileNotFoundError) and (directory / "data.mdb").exists():
+            raise CorruptStoreError(f"{path} is missing") from None
         raise ValueError(f"{directory} holds no store: {NAME}: {error.strerror}") from None
     except ValueError:
         raise CorruptStoreError(f"{path} is damaged: it has not two lines") from None

@@ -215,6 +215,7 @@ def test_contexts_are_listed_forked_renamed_and_removed(
     assert a["created"] <= a["info"]["asked"]
     for argv in (("fork", "a", "b"), ("rename", "b", "c"), ("rm", "a")):
         assert kvstore("contexts", store, *argv) == (0, "", "")
+    assert listed(kvstore, store)["c"]["info"]["asked"] is None
     assert ask("c").figures["answer"] == answer
     for argv, says in [
         (("fork", "x", "y"), "no context 'x'"),

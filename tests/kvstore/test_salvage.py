@@ -140,10 +140,14 @@ def test_a_damaged_directory_of_a_pack_can_be_mended(kept, make_store):
         assert store.kept.names()
 
 
-def test_the_specification_is_in_both_files(kept, make_store):
+@pytest.mark.parametrize(("text", "says"), [("nonsense", "two lines"), (None, "json is missing")])
+def test_the_specification_is_in_both_files(kept, make_store, text, says):
     directory, pasts = kept
-    (directory / NAME).write_text("nonsense")
-    with pytest.raises(CorruptStoreError, match="two lines"):
+    if text is None:
+        (directory / NAME).unlink()
+    else:
+        (directory / NAME).write_text(text)
+    with pytest.raises(CorruptStoreError, match=says):
         read_spec(directory)
     salvage(directory, "64MiB")
     assert read_spec(directory) == SPEC

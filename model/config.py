@@ -88,8 +88,9 @@ class GCAConfig:
     block_size: tokens of a chunk; the landmark token takes one position more.
     window_blocks: how many chunks before its own a place sees directly.
     landmark_dim: size of landmarks and of the queries that find them.
-    top_k: chunks that each group finds. segment: tokens that use what the first of them finds while
-    a text is read; divides block_size; 0: a chunk uses what the landmark before it finds.
+    top_k: chunks that each group finds; 0: none, the window is all there is.
+    segment: tokens that use what the first of them finds while a text is read; divides block_size;
+    0: a chunk uses what the landmark before it finds.
     """
 
     family: str = "gca"
@@ -117,7 +118,7 @@ class GCAConfig:
         if any(size < 1 for size in self.grams):
             raise ValueError(f"grams must be at least 1 each, not {list(self.grams)}")
         for name, value in asdict(self).items():
-            least = 0 if name in ("segment", "lower") else 1
+            least = 0 if name in ("segment", "lower", "top_k") else 1
             if name not in ("family", "rope_base", "grams") and value < least:
                 raise ValueError(f"{name} must be at least {least}, not {value}")
         if self.width % self.heads or (self.width // self.heads) % 2:

@@ -247,12 +247,14 @@ class GroupedCrossTransformer(nn.Module):
             x = x + layer.mlp(layer.mlp_norm(x))
         keys, values, landmarks = self.encoder(x, self.rotary)
         allowed = _allowed(tokens, foreign, passage, apart)
+        searches = self.config.top_k > 0
         for group in self.stacks:
-            found = self._select(group, x, landmarks, allowed, segment, noise)
-            held = [_gather(t, found.chunks, self.config.heads) for t in (keys, values)]
+            if searches:
+                found = self._select(group, x, landmarks, allowed, segment, noise)
+                held = [_gather(t, found.chunks, self.config.heads) for t in (keys, values)]
             for layer in group.stack:
                 x = x + layer.attention(layer.attention_norm(x), self.rotary)
-                said = self._cross(layer, x, held, found.weights, segment)
+                said = self._cross(layer, x, held, found.weights, segment) if searches else 0.0
                 x = x + layer.mlp(layer.mlp_norm(x + said))
         return self.head(self.norm(x[..., :-1, :]))
 

@@ -30,9 +30,9 @@ AT_ONCE = 256
 class ChunkRetrieval:
     """How the past is searched.
 
-    top_k: chunks that each group of layers finds. segment: tokens that use what the first of them
-    finds; 0: a chunk uses what the landmark before it finds, as published. how: "search" finds the
-    best; "recent" takes the nearest and "random" any, as controls.
+    top_k: chunks that each group of layers finds, 0: none. segment: tokens that use what the first
+    of them finds; 0: a chunk uses what the landmark before it finds, as published. how: "search"
+    finds the best; "recent" takes the nearest and "random" any, as controls.
     """
 
     top_k: int
@@ -40,8 +40,8 @@ class ChunkRetrieval:
     how: str = "search"
 
     def __post_init__(self) -> None:
-        if self.top_k < 1:
-            raise ValueError(f"top_k must be at least 1, not {self.top_k}")
+        if self.top_k < 0:
+            raise ValueError(f"top_k must be at least 0, not {self.top_k}")
         if self.segment < 0:
             raise ValueError(f"segment must be at least 0, not {self.segment}")
         if self.how not in HOW:
@@ -66,7 +66,7 @@ class GCAStream(Stream):
     @staticmethod
     def retrieval_of(config: GCAConfig, top_k: int | None = None) -> ChunkRetrieval:
         """Return how a model searches, if nobody wants it otherwise."""
-        return ChunkRetrieval(top_k or config.top_k, config.segment)
+        return ChunkRetrieval(config.top_k if top_k is None else top_k, config.segment)
 
     @staticmethod
     def most_blocks(config: GCAConfig, retrieval: ChunkRetrieval) -> int:
@@ -234,10 +234,10 @@ class GCAStream(Stream):
         """Find chunks below the limits [Q] for queries [Q, dim]: [Q, k], and their weights."""
         r, index = self.retrieval, self.context.index
         count = len(queries)
-        if r.how == "search":
+        if r.how == "search" and r.top_k:
             most = max(1, min(r.top_k, self.context.sealed(0)))  # there are no more
             chunks = index.search(slice(0, 1), queries[None].float(), most, before=limits)[0][0]
-        elif r.how == "recent":
+        elif r.how == "recent" or not r.top_k:
             chunks = limits[:, None] - 1 - torch.arange(r.top_k, device=self.device)
         else:
             generator = torch.Generator().manual_seed(self._read_to << 8 | g)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,14 @@ def train(arguments: argparse.Namespace) -> None:
     tasks = Tasks(corpus)
     torch.manual_seed(arguments.seed)
     recipe = RECIPES[arguments.family]
-    curriculum, config = recipe.curriculum, recipe.config()
+    try:
+        config = replace(recipe.config(), **dict(arguments.set))
+    except TypeError as error:
+        raise ValueError(f"--set: {error}") from None
+    curriculum = tuple(
+        replace(stage, steps=max(1, round(stage.steps * arguments.share)))
+        for stage in recipe.curriculum
+    )
     model = family_of(config).network(config).to(device)
     optimizers = optimizers_of(model, arguments.lr)
     peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
@@ -144,9 +152,19 @@ def train(arguments: argparse.Namespace) -> None:
         "bytes": sum(s.steps * s.count * s.length for s in curriculum),
         "hours": round((time.monotonic() - began) / 3600, 2),
         "threads": torch.get_num_threads(),
+        "share": arguments.share,
     }
     checkpoint.save(model, arguments.out, info, recipe.written)
     print(json.dumps({"out": str(arguments.out), **info}))
+
+
+def setting(given: str) -> tuple[str, Any]:
+    """Read KEY=VALUE, the value as JSON."""
+    key, _, value = given.partition("=")
+    try:
+        return key, json.loads(value)
+    except json.JSONDecodeError:
+        raise argparse.ArgumentTypeError(f"{given!r} is not KEY=VALUE, like groups=1") from None
 
 
 def main() -> int:
@@ -164,6 +182,17 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="the weights (default: the shipped ones)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument(
+        "--share", type=float, default=1.0, help="of each stage's steps: for comparisons"
+    )
+    parser.add_argument(
+        "--set",
+        type=setting,
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="sizes of the model that differ from the shipped one's, like groups=1",
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument(

@@ -52,6 +52,7 @@ def make(config: GCAConfig) -> GroupedCrossTransformer:
 
 
 MODEL, OTHER = make(CONFIG), make(WIDER)
+ALONE = make(replace(CONFIG, top_k=0))
 
 
 @contextmanager
@@ -103,6 +104,18 @@ def test_whole_and_token_by_token_are_the_same(segment: int) -> None:
             got = scored(stream, text, list(cuts))
         assert (got - wanted).abs().max() < 2e-4, (segment, cuts)
     assert wanted.std() > 0.1
+
+
+def test_the_window_alone_finds_nothing() -> None:
+    text = text_of(9 * SIZE + 3)
+    wanted = at_once(text, 4, ALONE)
+    with opened(GCAStream.retrieval_of(ALONE.config), model=ALONE) as stream:
+        assert (scored(stream, text, [5, 30]) - wanted).abs().max() < 2e-4
+        assert stream.store.stats.lookups == 0
+    back = (ALONE.config.lower + 4) * (SIZE + 1) + 5  # no layer sees further than its window
+    text[: len(text) - back] = 7
+    assert torch.equal(at_once(text, 4, ALONE)[-1], wanted[-1])
+    assert not torch.equal(at_once(text, 4, MODEL)[-1], at_once(text_of(9 * SIZE + 3), 4)[-1])
 
 
 @settings(deadline=None, max_examples=60)
@@ -266,7 +279,7 @@ def test_what_is_refused() -> None:
         stream.retrieval = ChunkRetrieval(3, 3)
     with pytest.raises(HotTierTooSmallError, match="give hot at least"), opened(hot=2):
         pass
-    for wrong in ({"top_k": 0}, {"segment": -1}, {"how": "never"}):
+    for wrong in ({"top_k": -1}, {"segment": -1}, {"how": "never"}):
         with pytest.raises(ValueError, match=str(next(iter(wrong.values())))):
             replace(ChunkRetrieval(3, 4), **wrong)  # type: ignore[arg-type]
 

@@ -63,7 +63,7 @@ def setting(texts: Path, folder: Path) -> argparse.Namespace:
     return argparse.Namespace(
         family="landmark", corpus=texts, validation="moby_dick", leave_out=["great_expectations"],
         run=folder / "run", out=folder / "out.safetensors", seed=3, lr=1e-2, threads=1,
-        device="cpu", compile=False,
+        device="cpu", compile=False, share=1.0, set=[],
     )  # fmt: skip
 
 
@@ -341,6 +341,27 @@ def test_grouped_cross_attention_is_trained_by_the_same_loop(
     assert report == recipe.examine(model, held_out, 0)
     assert report["bits_per_byte_1024"] < 8.5
     assert {"found_pass_key", "found_named", "found_two_hops"} <= report.keys()
+
+
+def test_a_model_of_other_sizes_for_a_share_of_the_steps(
+    arguments: argparse.Namespace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments.share, arguments.set = 0.25, [train.setting("top_k=1"), train.setting("near=3")]
+    train.train(arguments)
+    model = checkpoint.load(str(arguments.out))
+    assert (model.config.top_k, model.config.near, model.config.width) == (1, 3, TINY["width"])
+    steps = sum(max(1, round(stage.steps / 4)) for stage in CURRICULUM)
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (told["steps"], told["share"]) == (steps, 0.25)
+    for given, says in (
+        ("none=1", "unexpected keyword argument 'none'"),
+        ("top_k=0", "at least 1"),
+    ):
+        arguments.set = [train.setting(given)]
+        with pytest.raises(ValueError, match=says):
+            train.train(arguments)
+    with pytest.raises(argparse.ArgumentTypeError, match="is not KEY=VALUE"):
+        train.setting("top_k")
 
 
 def test_in_turn_segments_short_ones_and_chunks_ask() -> None:

@@ -187,6 +187,11 @@ def store_config(args: argparse.Namespace) -> StoreConfig:
     """
     from kvstore.config import IndexConfig, StoreConfig
 
+    if args.cold == "none" and args.store is not None:
+        raise ValueError(
+            f"--store {args.store} would stay empty with --cold none: give --cold a size, "
+            "or leave --store out"
+        )
     return StoreConfig(
         hot=args.hot,
         warm=args.warm,

@@ -164,7 +164,8 @@ def begin(args: argparse.Namespace, stack: ExitStack, text: bytes = b"") -> Sess
 
     args: of options.add_model, add_store, add_directory and add_answer; `context` and `reuse` are
     `run`'s own. Everything that can be wrong with them is found here, as ValueError, or
-    HotTierTooSmallError where hot holds less than a selection, before anything is read.
+    HotTierTooSmallError where hot holds less than a selection, before anything is read: both are
+    wrong usage.
     """
     config = options.store_config(args)
     sampling = options.sampling(args)

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
+from kvstore.errors import HotTierTooSmallError
+
 
 class UsageError(Exception):
     """The command was used wrongly, or its input cannot be used."""
@@ -34,7 +36,7 @@ def checking_input() -> Iterator[None]:
     except OSError as error:
         name = "" if error.filename is None else f"{error.filename}: "
         raise UsageError(f"{name}{error.strerror or error}") from error
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, HotTierTooSmallError) as error:
         raise UsageError(str(error.args[0] if error.args else error)) from error
 
 

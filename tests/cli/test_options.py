@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import pytest
+
 from kvstore.cli import options
 from kvstore.cli.usage import Parser
 from kvstore.config import IndexConfig, StoreConfig
@@ -40,6 +42,8 @@ def test_every_option_of_the_store() -> None:
         index=IndexConfig(kind="hnsw"),
     )
     assert options.store_config(parsed("--cold", "none")).cold is None
+    with pytest.raises(ValueError, match="--store d would stay empty with --cold none"):
+        options.store_config(parsed("--store", "d", "--cold", "none"))
 
 
 def test_every_option_of_the_answer() -> None:

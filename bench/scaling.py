@@ -25,7 +25,7 @@ from torch import Tensor
 from bench.decode import matmul_rate
 from bench.index import measure
 from bench.reading import SHARES, cache_bytes, reading
-from kvstore.cli.memory import PeakMemory, anonymous_bytes
+from bench.soak import anonymous_bytes
 from kvstore.config import IndexConfig
 from kvstore.index import LandmarkIndex
 from model import checkpoint, haystack
@@ -88,13 +88,19 @@ def length(name: str, tokens: int, steps: int, device: str) -> dict[str, Any]:
     model = checkpoint.load(name).to(device)
     text = haystack.source_text(tokens + steps, seed=1)
     after = torch.frombuffer(bytearray(text[tokens:]), dtype=torch.uint8)
-    before = anonymous_bytes()
-    with PeakMemory() as memory, reading(model, tokens, device=device) as stream:
+    before = most = anonymous_bytes()
+
+    def note(done: int) -> None:
+        nonlocal most
+        most = max(most, anonymous_bytes())
+        progress.update(task, completed=done)
+
+    with reading(model, tokens, device=device) as stream:
         console = Console(stderr=True)
         with Progress(console=console, disable=not console.is_terminal) as progress:
             task = progress.add_task(f"{tokens:,} tokens", total=tokens)
             began = time.perf_counter()
-            prefill(stream, text[:tokens], lambda n: progress.update(task, completed=n))
+            prefill(stream, text[:tokens], note)
             seconds = time.perf_counter() - began
         stream.context.index.wait()
         write(stream, after[: steps // 4])  # what it reads the first time is on disk, and cold
@@ -113,9 +119,9 @@ def length(name: str, tokens: int, steps: int, device: str) -> dict[str, Any]:
             "hits": {tier: each["hits"] for tier, each in stats["tiers"].items()},
             "lookups": stats["lookups"],
             "landmarks": index.length(0),
+            "anonymous_bytes": max(most, anonymous_bytes()) - before,
         }
         row |= query_times(index.landmarks(0).float().cpu(), queries.cpu(), model.config.top_k, 2.0)
-        row["anonymous_bytes"] = memory.peak_bytes - before - len(text)
     return row
 
 

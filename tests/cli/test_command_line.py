@@ -102,7 +102,7 @@ def test_version(kvstore: Kvstore) -> None:
         (["demo", "--device", "tpu"], "demo", "'tpu'"),
         (["demo", "--model", "gpt-5"], "demo", "'gpt-5'"),
         (["demo", "--model", "a\nb"], "demo", "model"),
-        (["demo", "--cold", "none", "--store", "x"], "demo", "cold is None"),
+        (["demo", "--cold", "none", "--store", "x"], "demo", "would stay empty"),
         (["demo", "--store", ""], "demo", "empty"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

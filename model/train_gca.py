@@ -15,17 +15,22 @@ from model.recipe import Recipe, weighed_loss
 from model.stages import Stage, stage_of
 
 _AGAIN = {"mentions": 0.6, "repeats": 0.6}
+_FIRST = {**_AGAIN, "needles": 0.9, "named": 0.9}
+_THEN = {**_AGAIN, "needles": 0.8, "named": 0.8}
 _MIXTURE = {**_AGAIN, "needles": 0.6, "named": 0.6, "hops": 0.5}
 
 CURRICULUM = (
-    Stage(300, 512, 16, **_AGAIN, needles=0.9, named=0.9),  # type: ignore[arg-type]
-    Stage(700, 1024, 8, distractors=1, **_AGAIN, needles=0.8, named=0.8, hops=0.5),  # type: ignore[arg-type]
-    Stage(1400, 1024, 8, distractors=1, **_MIXTURE),  # type: ignore[arg-type]
+    Stage(300, 512, 16, **_FIRST),  # type: ignore[arg-type]
+    Stage(350, 1024, 8, distractors=1, **_THEN, hops=0.5),  # type: ignore[arg-type]
+    Stage(350, 512, 16, **_FIRST, hops=0.7),  # type: ignore[arg-type]
+    Stage(200, 1024, 8, **_THEN, hops=0.6),  # type: ignore[arg-type]
+    Stage(1200, 1024, 8, distractors=1, **_MIXTURE),  # type: ignore[arg-type]
     Stage(500, 4096, 2, distractors=1, **_MIXTURE),  # type: ignore[arg-type]
     Stage(80, 16384, 1, **_MIXTURE),  # type: ignore[arg-type]
 )
 """Names come first, in texts so short that every chunk is found: so the search learns at once what
-to look for. With distractors, the chunks of the other sequences of a batch may be found, too."""
+to look for; keys that are another's are learnt in such texts, too. With distractors, the chunks of
+the other sequences of a batch may be found."""
 
 _SEGMENTS = (None, None, 4, None, 0)
 """What steps use in turn: the configuration's segments; short ones, so that any place learns to

@@ -83,7 +83,7 @@ def query_times(landmarks: Tensor, queries: Tensor, k: int, seconds: float) -> d
     return {"build_seconds": built, **row}
 
 
-def length(name: str, tokens: int, steps: int, device: str) -> dict[str, Any]:
+def length(name: str, tokens: int, steps: int, device: str, kind: str) -> dict[str, Any]:
     """Read `tokens` of library source, then the `steps` bytes that follow it."""
     model = checkpoint.load(name).to(device)
     text = haystack.source_text(tokens + steps, seed=1)
@@ -95,7 +95,7 @@ def length(name: str, tokens: int, steps: int, device: str) -> dict[str, Any]:
         most = max(most, anonymous_bytes())
         progress.update(task, completed=done)
 
-    with reading(model, tokens, device=device) as stream:
+    with reading(model, tokens, index=IndexConfig(kind=kind), device=device) as stream:
         console = Console(stderr=True)
         with Progress(console=console, disable=not console.is_terminal) as progress:
             task = progress.add_task(f"{tokens:,} tokens", total=tokens)
@@ -165,14 +165,16 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--lengths", type=int, nargs="+", default=list(LENGTHS))
     parser.add_argument("--steps", type=int, default=256, help="tokens written at each length")
+    parser.add_argument("--index", choices=("auto", "exact", "hnsw"), default="hnsw")
     parser.add_argument("--plot", type=Path, help="write the figures as a picture")
     a = parser.parse_args()
     report: dict[str, Any] = {"bench": "scaling", "model": a.model, "shares": SHARES}
+    report["index"] = a.index
     report |= {"threads": torch.get_num_threads(), "matmul_gflop_s": round(matmul_rate())}
     rows = []
     try:
         for tokens in a.lengths:
-            row = length(a.model, tokens, a.steps, a.device)
+            row = length(a.model, tokens, a.steps, a.device, a.index)
             rows.append(row)
             print(
                 f"{tokens:>9} tokens: read {row['prefill_tokens_per_s']:.0f} tokens/s,"

@@ -33,7 +33,6 @@ from model.config import ModelConfig
 from model.data import read_text
 from model.generate import PIECE
 from model.landmark_stream import Retrieval
-from model.transformer import Transformer
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class Job:
 
     model: str
     text: Path
-    way: Retrieval
+    way: Any
     length: int
     place: int
     score: int
@@ -58,7 +57,7 @@ def sight_of(config: ModelConfig, blocks: int) -> int:
 
 
 @cache
-def load(name: str) -> Transformer:
+def load(name: str) -> Any:
     return checkpoint.load(name)
 
 
@@ -73,7 +72,7 @@ def bits(job: Job) -> float:
     model, shares = load(job.model), job.shares
     with reading(model, job.length, shares, job.way, precision=job.precision) as stream:
         for at in range(place + job.score - job.length, place - 1, PIECE):
-            stream.read(text[at : min(at + PIECE, place - 1)])
+            stream.skim(text[at : min(at + PIECE, place - 1)])
         stream.retrieval = replace(job.way, segment=1)
         target = text[place - 1 : place + job.score]
         logits = stream.score(target[:-1])

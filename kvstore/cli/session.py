@@ -215,14 +215,16 @@ def _read_before(
                 raise
             continue  # what another one has read cannot be had
         info = manifest["info"]
-        alike = manifest["fingerprint"] == fingerprint and "text" in info
-        alike = alike and all(info.get(key) == made[key] for key in ("retrieval", "index"))
+        by_us = manifest["fingerprint"] == fingerprint and "text" in info
+        alike = by_us and all(info.get(key) == made[key] for key in ("retrieval", "index"))
         if each == name:
             reason = "has read another text"
             if not reuse:
                 reason = "is kept already"
+            elif not by_us:
+                reason = f"was read by another model ({info.get('model', 'of another program')})"
             elif not alike:
-                reason = "was made otherwise"
+                reason = "was read with another --top-k or --index"
             elif digests.begin_with(chain := TextChain.from_json(info["text"])):
                 return chain
             raise ValueError(
@@ -253,11 +255,15 @@ def resume(args: argparse.Namespace, stack: ExitStack, began: float | None = Non
     sampling = options.sampling(args)
     memory = stack.enter_context(PeakMemory())
     store = stack.enter_context(Store.open(args.store, config))
-    info = store.kept.require(args.context)["info"]
+    manifest = store.kept.require(args.context)
+    info = manifest["info"]
     if "model" not in info:
         raise ValueError(f"context {args.context!r} says no model: `kvstore run` has not made it")
     model = checkpoint.load(args.model or info["model"]).to(config.torch_device)
-    context = store.context(args.context, fingerprint=checkpoint.fingerprint(model))
+    if checkpoint.fingerprint(model) != manifest["fingerprint"]:
+        hint = "leave --model out" if args.model else "its weights have changed since"
+        raise ValueError(f"context {args.context!r} was read by {info['model']}: {hint}")
+    context = store.context(args.context)
     read_with = family_of(model).stream
     retrieval = read_with.way(**info["retrieval"])
     chain = TextChain.from_json(info["text"])

@@ -316,8 +316,9 @@ class SavedContexts:
         stay, to be swept once that is repaired. KeyError if there is no such context, ValueError if
         it is open.
         """
-        if name in self:
-            self._require_closed(name)
+        with contextlib.suppress(CorruptBlockError):
+            self.require(name)
+        self._require_closed(name)
         doomed = np.empty(0, np.int64)
         with contextlib.suppress(CorruptBlockError):
             ids = self.ids(name, self.require(name))

@@ -66,7 +66,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = str(error) or "not enough memory"
         directory = getattr(args, "store", None)
         if isinstance(error, CorruptBlockError) and directory and "kvstore verify" not in message:
-            message += f"; `kvstore verify {directory}` says what is damaged, --repair mends it"
+            if name != "kvstore verify":
+                message += f"; `kvstore verify {directory}` says what is damaged, --repair mends it"
+            elif args is not None and not args.repair:
+                message += "; --repair makes it anew of what can be read"
+            else:
+                message += "; put a copy of it in its place, or remove it"
         return _fail(name, f"error: {message}", 1)
     except BrokenPipeError:
         _give_up_stdout()

@@ -97,6 +97,8 @@ def train(arguments: argparse.Namespace) -> None:
     model = family_of(config).network(config).to(device)
     optimizers = optimizers_of(model, arguments.lr)
     peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
+    # A graph for each length and rhythm; beyond the limit, 8, it would run without.
+    torch._dynamo.config.recompile_limit = 64
     forward = torch.compile(model, dynamic=False) if arguments.compile else model
     run: Path = arguments.run
     run.mkdir(parents=True, exist_ok=True)

@@ -73,7 +73,7 @@ def bits(job: Job) -> float:
     with reading(model, job.length, shares, job.way, precision=job.precision) as stream:
         for at in range(place + job.score - job.length, place - 1, PIECE):
             stream.skim(text[at : min(at + PIECE, place - 1)])
-        stream.retrieval = replace(job.way, segment=1)
+        stream.retrieval = stream.answering()
         target = text[place - 1 : place + job.score]
         logits = stream.score(target[:-1])
     return float(F.cross_entropy(logits, target[1:].long())) / math.log(2)

@@ -1,8 +1,8 @@
 """Bits a byte of several models side by side: the same bytes behind longer and longer contexts.
 
 Every model reads the same excerpts of the text, each by its own search (and, with --controls, by
-what its family has in its place), and the bytes at their ends are scored with a search a byte, as
-an answer is written. The differences are to the first model, paired by excerpt.
+what its family has in its place), and the bytes at their ends are scored as an answer is written.
+The differences are to the first model, paired by excerpt.
 
 python -m bench.quality --corpus texts --models window.safetensors landmark gca
 """

@@ -1,8 +1,8 @@
 """What a text's length costs: reading, a written token, a query of the index, and memory.
 
 Each length is read in one go with the memory tiers the same share of the cache; then the bytes that
-follow it are read one by one in a fork, a search each, as an answer is written. Their queries are
-asked again of that text's landmarks, exactly and through HNSW, in turn. Medians are reported.
+follow it are read one by one in a fork, as an answer is written. Their queries are asked again of
+that text's landmarks, exactly and through HNSW, in turn. Medians are reported.
 
 python -m bench.scaling --model gca --plot docs/scaling.png
 """
@@ -13,7 +13,6 @@ import argparse
 import json
 import statistics
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,10 +50,10 @@ def listen(stream: Stream) -> list[Tensor]:
 
 
 def write(stream: Stream, tokens: Tensor) -> tuple[list[float], Tensor]:
-    """Read tokens one by one, a search each; return the seconds and the queries [m, dim]."""
+    """Read tokens one by one, as an answer; return the seconds and the queries [m, dim]."""
     asker = stream.fork()
     try:
-        asker.retrieval = replace(asker.retrieval, segment=1)
+        asker.retrieval = asker.answering()
         heard = listen(asker)
         seconds = []
         for token in tokens:

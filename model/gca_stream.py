@@ -8,6 +8,7 @@ to: while a text is read they wait, and run over its last chunks when a predicti
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import gcd
 
 import numpy as np
 import torch
@@ -21,6 +22,11 @@ from model.gca import Group, UpperLayer
 from model.stream import Layout, Rows, Stream
 
 HOW = ("search", "recent", "random")
+
+ANSWERING = 4
+"""Tokens of a question and its answer that use what the first of them finds: the shortest segments
+of the training. Searching for each, it copies the last digits of a key wrong more often.
+"""
 
 AT_ONCE = 256
 """Searches whose chunks are copied out together; each takes top_k blocks of memory, thrice."""
@@ -77,6 +83,11 @@ class GCAStream(Stream):
     def controls(retrieval: ChunkRetrieval) -> dict[str, ChunkRetrieval]:
         """Return ways to do without the search that is measured, by name."""
         return {how: replace(retrieval, how=how) for how in ("recent", "random")}
+
+    def answering(self) -> ChunkRetrieval:
+        """See `Stream.answering`."""
+        way: ChunkRetrieval = self.retrieval
+        return replace(way, segment=gcd(ANSWERING, way.segment))
 
     @property
     def _local_layers(self) -> int:

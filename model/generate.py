@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -52,7 +52,7 @@ def prefill(
 def generate(stream: Stream, prompt: str, sampling: Sampling) -> Iterator[bytes]:
     """Read the prompt in a throwaway fork and yield the answer's bytes one by one.
 
-    Every token of prompt and answer selects its own blocks. The stream itself stays unchanged.
+    Prompt and answer select blocks as the family's `answering` says. The stream stays unchanged.
     A stop string ends the answer and is not part of it.
     """
     if not prompt:
@@ -62,7 +62,7 @@ def generate(stream: Stream, prompt: str, sampling: Sampling) -> Iterator[bytes]
     generator = torch.Generator().manual_seed(sampling.seed)
     asker = stream.fork()
     try:
-        asker.retrieval = replace(asker.retrieval, segment=1)
+        asker.retrieval = asker.answering()
         logits = asker.read(torch.frombuffer(bytearray(prompt.encode()), dtype=torch.uint8))
         written = bytearray()
         given = 0

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import numpy as np
@@ -108,6 +108,10 @@ class Stream(ABC):
     @abstractmethod
     def controls(retrieval: Any) -> dict[str, Any]:
         """Return ways to do without the search that is measured, by name."""
+
+    def answering(self) -> Any:
+        """Return how what is asked and answered searches: every token for itself."""
+        return replace(self.retrieval, segment=1)
 
     def __init__(
         self,

@@ -234,6 +234,8 @@ def test_a_fork_goes_on_from_the_same_place_and_leaves_it_alone() -> None:
         with opened() as stream:
             read(stream, text)
             asker = stream.fork()
+            asker.retrieval = asker.answering()
+            assert asker.retrieval == ChunkRetrieval(3, 4)
             asker.retrieval = replace(asker.retrieval, segment=1)
             first = asker.score(more)
             asker.context.close()
@@ -272,6 +274,13 @@ def test_one_chunk_is_found_among_many() -> None:
             stream.skim(text)
             logits.append(stream.read(text_of(5, 2)))
     assert (logits[0] - logits[1]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(("segment", "wanted"), [(0, 4), (1, 1), (2, 2), (4, 4), (8, 4)])
+def test_answers_search_at_least_every_four_tokens(segment: int, wanted: int) -> None:
+    with opened(ChunkRetrieval(3, segment)) as stream:
+        stream.retrieval = stream.answering()
+        assert stream.retrieval == ChunkRetrieval(3, wanted)
 
 
 def test_what_is_refused() -> None:

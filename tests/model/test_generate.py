@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -37,6 +38,9 @@ class Parrot:
     def fork(self) -> Parrot:
         self.forks.append(Parrot(self.script, self.peak))
         return self.forks[-1]
+
+    def answering(self) -> Retrieval:
+        return replace(self.retrieval, segment=1)
 
     def skim(self, tokens: Tensor) -> None:
         self.heard.append(bytes(tokens.tolist()))

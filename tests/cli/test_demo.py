@@ -86,13 +86,15 @@ def test_a_full_disk_tier_is_named(demo: Kvstore, temporary: Path) -> None:
     assert not list(temporary.iterdir())
 
 
-def test_the_shipped_model_finds_the_key(kvstore: Kvstore) -> None:
-    ran = kvstore("demo", "--tokens", 16384, "--hot", "1MiB", "--warm", "2MiB", "--json")
+@pytest.mark.parametrize(("model", "size"), [("landmark", 16 * 2**20), ("gca", 8 * 2**20)])
+def test_the_shipped_models_find_the_key(kvstore: Kvstore, model: str, size: int) -> None:
+    small = ("--tokens", 16384, "--hot", "1MiB", "--warm", "2MiB")
+    ran = kvstore("demo", "--model", model, *small, "--json")
     assert ran.code == 0
     assert ran.figures["correct"] is True
     assert ran.figures["answer"].strip() == ran.figures["expected"]
     assert ran.figures["decode_ms_per_token"] > 0
-    assert ran.figures["cache_bytes"] == 16 * 2**20
+    assert ran.figures["cache_bytes"] == size
     assert ran.figures["tiers"]["cold"]["blocks"] > 0
 
 

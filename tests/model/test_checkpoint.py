@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from model import checkpoint
-from model.config import ModelConfig
+from model.config import GCAConfig, ModelConfig
 from model.transformer import Transformer
 
 SMALL = {"width": 16, "heads": 2, "layers": "lr", "mlp_width": 16, "block_size": 4, "segment": 2}
@@ -84,10 +84,13 @@ def test_unknown_names_say_what_there_is(monkeypatch: pytest.MonkeyPatch, tmp_pa
         checkpoint.load("landmark")
 
 
-def test_the_shipped_model_is_small_and_says_how_it_was_made() -> None:
-    path = checkpoint.SHIPPED / "landmark.safetensors"
+@pytest.mark.parametrize("config", [ModelConfig(), GCAConfig()], ids=lambda config: config.family)
+def test_the_shipped_models_are_small_and_say_how_they_were_made(
+    config: ModelConfig | GCAConfig,
+) -> None:
+    path = checkpoint.SHIPPED / f"{config.family}.safetensors"
     assert path.stat().st_size < 8_000_000
-    assert checkpoint.load("landmark").config == ModelConfig()
+    assert checkpoint.load(config.family).config == config
     with safe_open(path, framework="pt") as file:
         info = json.loads(file.metadata()["info"])
     assert {"seed", "steps"} <= info.keys()

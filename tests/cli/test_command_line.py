@@ -186,13 +186,6 @@ class TestInput:
         refused(ran, "run", "hot", "block")
         assert not list(temporary.iterdir())
 
-    def test_a_hot_tier_without_room_for_a_selection(
-        self, kvstore: Kvstore, book: Path, weights: Path, temporary: Path
-    ) -> None:
-        ran = kvstore("run", "--text", book, "--prompt", "x", "--model", weights, "--hot", "4KiB")
-        refused(ran, "run", "give hot at least")
-        assert not list(temporary.iterdir())
-
 
 class TestEndings:
     """How what happens in the middle of the work is told."""

@@ -208,7 +208,7 @@ def test_a_store_directory_stays_and_can_be_used_again(read: Kvstore, tmp_path: 
 
 def test_a_hot_tier_too_small_for_one_selection(read: Kvstore, temporary: Path) -> None:
     ran = read("--hot", BLOCK_BYTES)
-    assert ran.code == 1
+    assert ran.code == 2
     assert ran.err.startswith("kvstore run: error: ")
     assert ran.err.count("\n") == 1
     assert "hot" in ran.err

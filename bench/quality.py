@@ -58,6 +58,8 @@ def main() -> int:
     parser.add_argument("--score", type=int, default=512, help="bytes scored of each")
     parser.add_argument("--jobs", type=int, default=2, help="excerpts at a time, a thread each")
     a = parser.parse_args()
+    if min(a.excerpts, a.score, a.jobs) < 1:
+        parser.error("--excerpts, --score and --jobs must be at least 1")
     began = time.perf_counter()
     try:
         paths = [p for p in a.corpus.iterdir() if p.name.split(".")[0] == a.text]

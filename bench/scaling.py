@@ -167,6 +167,8 @@ def main() -> None:
     parser.add_argument("--index", choices=("auto", "exact", "hnsw"), default="hnsw")
     parser.add_argument("--plot", type=Path, help="write the figures as a picture")
     a = parser.parse_args()
+    if a.steps < 16:
+        parser.error(f"--steps must be at least 16, not {a.steps}")
     report: dict[str, Any] = {"bench": "scaling", "model": a.model, "shares": SHARES}
     report["index"] = a.index
     report |= {"threads": torch.get_num_threads(), "matmul_gflop_s": round(matmul_rate())}

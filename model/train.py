@@ -86,6 +86,8 @@ def train(arguments: argparse.Namespace) -> None:
     tasks = Tasks(corpus)
     torch.manual_seed(arguments.seed)
     recipe = RECIPES[arguments.family]
+    if not 0 < arguments.share <= 1:
+        raise ValueError(f"--share must be above 0 and at most 1, not {arguments.share:g}")
     try:
         config = replace(recipe.config(), **dict(arguments.set))
     except TypeError as error:

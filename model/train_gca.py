@@ -29,8 +29,8 @@ CURRICULUM = (
     Stage(80, 16384, 1, **_MIXTURE),  # type: ignore[arg-type]
 )
 """Names come first, in texts so short that every chunk is found: so the search learns at once what
-to look for; keys that are another's are learnt in such texts, too. With distractors, the chunks of
-the other sequences of a batch may be found."""
+to look for; keys that are another's come in such texts, too (the model has not learnt them yet).
+With distractors, the chunks of the other sequences of a batch may be found."""
 
 _SEGMENTS = (None, None, 4, None, 0)
 """What steps use in turn: the configuration's segments; short ones, so that any place learns to

@@ -360,6 +360,9 @@ def test_a_model_of_other_sizes_for_a_share_of_the_steps(
         arguments.set = [train.setting(given)]
         with pytest.raises(ValueError, match=says):
             train.train(arguments)
+    arguments.set, arguments.share = [], 0.0
+    with pytest.raises(ValueError, match="--share must be above 0"):
+        train.train(arguments)
     with pytest.raises(argparse.ArgumentTypeError, match="is not KEY=VALUE"):
         train.setting("top_k")
 

@@ -3,7 +3,7 @@
 Every reading hides many keys at random places in text that was not trained on (library source,
 random words, in turn; with --corpus the validation novel too), and each is asked for in a fork of
 its own, free-running, all five digits. With --hops 2 a name's key is said to be another name's, and
-the number is said elsewhere.
+the number is said elsewhere; the model answers in two steps, the other name and then the number.
 
 python -m bench.keys --model gca --tokens 65536 --keys 16 --readings 3
 python -m bench.keys --model gca --tokens 65536 --keys 16 --readings 3 --hops 2
@@ -32,7 +32,8 @@ def read_once(args: argparse.Namespace, kind: str, seed: int) -> list[dict[str, 
     model = checkpoint.load(args.model)
     filler = fillers(args.corpus)[kind]
     text, asked = haystack.hide_keys(filler, args.tokens, seed, args.keys, args.hops)
-    sampling = Sampling(max_new_tokens=8, stop=(".", ","))
+    room = 8 if args.hops == 1 else 64
+    sampling = Sampling(max_new_tokens=room, stop=(".", ",") if args.hops == 1 else ())
     retrieval = family_of(model).stream.retrieval_of(model.config, args.top_k)
     rows = []
     with reading(model, args.tokens, SHARES, retrieval) as stream:

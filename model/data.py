@@ -162,12 +162,24 @@ _THINGS = (
 
 
 @dataclass(frozen=True)
+class Clue:
+    """Where something is looked for, and where the text says it: a number, or another's name.
+
+    asked: from where the question is understood to the answer's last byte but one.
+    """
+
+    asked: slice
+    says: tuple[slice, ...]
+
+
+@dataclass(frozen=True)
 class Sample:
     """text: uint8 [length]; weight: float32 [length], of predicting that byte from those before.
 
-    said: bool [length], the bytes of needles, decoys, question and answer; answer: the digits, and
-    asked: the question, up to them. passage: samples of a batch with the same number are one text,
-    in order.
+    said: bool [length], the bytes of needles, decoys, question and answer; answer: the last one,
+    the digits and what is said on the way to them, and asked: the question, up to it.
+    passage: samples of a batch with the same number are one text, in order. clues: of questions
+    after keys that have names.
     """
 
     text: Bytes
@@ -176,6 +188,7 @@ class Sample:
     answer: slice | None
     asked: slice | None = None
     passage: int = -1
+    clues: tuple[Clue, ...] = ()
 
 
 class Excerpts:
@@ -197,7 +210,8 @@ class Tasks:
     same name, or one thing twice, so that it pays to look back; plain text.
 
     needles: share of the first kind; named: share of those with several keys that have names, all
-    asked for; hops: share of these keys that are said to be another's.
+    asked for; hops: share of these keys that are said to be another's; aloud: whether the answer
+    says, too, whose it is.
     mentions: share of the second kind among the others;
     repeats: share of things said twice in the second kind; gibberish: share of random words in
     those, which nothing but looking back can predict.
@@ -213,6 +227,7 @@ class Tasks:
         answer_weight: float = 8.0,
         named: float = 0.0,
         hops: float = 0.0,
+        aloud: bool = False,
     ) -> None:
         self.corpus = corpus
         self.needles = needles
@@ -222,6 +237,7 @@ class Tasks:
         self.answer_weight = answer_weight
         self.named = named
         self.hops = hops
+        self.aloud = aloud
 
     def filler(self, rng: np.random.Generator, length: int) -> tuple[Bytes, float]:
         """Return filler and what its bytes weigh in the loss (random ones cannot be learnt)."""
@@ -316,41 +332,59 @@ class Tasks:
         """Hide so many keys, and ask for some; None where they do not fit."""
         names = keys.draw_names(rng, count)
         numbers = dict(zip(names, rng.integers(10000, 100000, count).tolist(), strict=True))
-        hidden = [keys.say(name, number) for name, number in numbers.items()]
+        owners: dict[str, str] = {}
+        hidden = {name: keys.say(name, number) for name, number in numbers.items()}
         referring = [n for n in keys.draw_names(rng, count) if rng.random() < self.hops]
         for name in [n for n in referring if n not in numbers]:
-            other = names[rng.integers(count)]
-            hidden.append(keys.refer(name, other))
-            numbers[name] = numbers[other]
+            owners[name] = names[rng.integers(count)]
+            hidden[name] = keys.refer(name, owners[name])
+            numbers[name] = numbers[owners[name]]
         asked = rng.permutation(sorted(numbers))[: 1 + length // 256].tolist()
-        said = [(keys.ask(name), f" {numbers[name]}.") for name in asked]
+        others = owners if self.aloud else {}
+        said = [(keys.ask(n), keys.answer(numbers[n], others.get(n)) + ".") for n in asked]
         # What comes between is of any length: where an answer stands must say nothing.
         between = rng.integers(0, 32, len(said))
         end = sum(len(part) for pair in said for part in pair) + int(between.sum())
-        room = length - end - sum(map(len, hidden))
+        room = length - end - sum(map(len, hidden.values()))
         if room < 0:
             return None
         filler, weight = self.filler(rng, length)
         cuts = np.sort(rng.integers(0, room + 1, len(hidden)))
         pieces: list[tuple[Bytes, float]] = []
-        start = 0
-        for cut, index in zip(cuts, rng.permutation(len(hidden)), strict=True):
+        places: dict[str, int] = {}
+        start = at = 0
+        order = rng.permutation(len(hidden))
+        for cut, name in zip(cuts, [list(hidden)[i] for i in order], strict=True):
             pieces.append((filler[start:cut], weight))
-            pieces.append((np.frombuffer(hidden[index].encode(), np.uint8), 0.3))
-            start = cut
+            pieces.append((np.frombuffer(hidden[name].encode(), np.uint8), 0.3))
+            places[name] = at + int(cut) - start
+            at += int(cut) - start + len(hidden[name])
+            start = int(cut)
         pieces.append((filler[start:room], weight))
-        start = room
-        for (question, answer), size in zip(said, between, strict=True):
+        start, at = room, at + room - start
+        clues: list[Clue] = []
+        for name, (question, answer), size in zip(asked, said, between, strict=True):
             pieces.append((np.frombuffer(question.encode(), np.uint8), 0.3))
             pieces.append((np.frombuffer(answer.encode(), np.uint8), self.answer_weight))
             pieces.append((filler[start : start + size], weight))
             start += size
+            understood, owner = at + question.index("?"), owners.get(name)
+            at += len(question) + len(answer)
+            if owner and self.aloud:
+                stop = at - len(answer) + answer.index(".")
+                where = _places(hidden[name], owner, places[name])
+                clues.append(Clue(slice(understood, stop - 1), where))
+                understood = stop
+            where = _places(hidden[owner or name], str(numbers[name]), places[owner or name])
+            clues.append(Clue(slice(understood, at - 2), where))
+            at += int(size)
         stop = length - int(between[-1]) - 1
         return Sample(
             np.concatenate([data for data, _ in pieces]),
             np.concatenate([np.full(len(data), each, np.float32) for data, each in pieces]),
             np.zeros(length, bool),  # the names tell them from what other texts say
-            answer=slice(stop - 5, stop),
+            answer=slice(stop + 2 - len(said[-1][1]), stop),
+            clues=tuple(clues),
         )
 
     def _saying(self, rng: np.random.Generator, name: str, number: str) -> str:
@@ -378,6 +412,12 @@ class Tasks:
         if kind < 0.65:
             return f" What is the {other}? "
         return (f" {number} ", f" = {number}\n", f"({number}, ")[rng.integers(3)]
+
+
+def _places(sentence: str, part: str, start: int) -> tuple[slice, ...]:
+    """Return where a part of a sentence stands, in a text where that begins at `start`."""
+    found = (start + match.start() for match in re.finditer(part, sentence))
+    return tuple(slice(at, at + len(part)) for at in found)
 
 
 def _plain(text: Bytes, weight: NDArray[np.float32] | None = None) -> Sample:

@@ -228,8 +228,9 @@ class GroupedCrossTransformer(nn.Module):
         foreign: bool = False,
         passage: Tensor | None = None,  # int64 [B]
         apart: Tensor | None = None,  # bool [B, N]
-    ) -> Tensor:  # [B, N, S, 256]
-        """Return next-byte logits of whole sequences, for training.
+        meant: Tensor | None = None,  # bool [B, N, S, N]
+    ) -> tuple[Tensor, Tensor]:  # [B, N, S, 256], []
+        """Return next-byte logits of whole sequences, for training, and what searches miss.
 
         segment: tokens that use what the first of them finds; 0: a chunk uses what the landmark of
         the chunk before finds, as published; None: the configuration's. noise: add Gumbel noise
@@ -237,7 +238,9 @@ class GroupedCrossTransformer(nn.Module):
         those set apart, because nothing tells them from what a text has itself: a short text has
         few chunks to be confused by, a million tokens have many. passage: of foreign chunks,
         sequences with the same number are one text, in order, of which each finds what those before
-        it have.
+        it have. meant: chunks of its own sequence that each group should find for a token, where
+        that is known. What is missed of them is the mean of -log of their weight among all that
+        may be found, summed over the groups, as if each token asked for itself; 0 without any.
         """
         segment = self.config.segment if segment is None else segment
         before = self.embedding.nothing().expand(len(tokens), -1)
@@ -248,7 +251,10 @@ class GroupedCrossTransformer(nn.Module):
         keys, values, landmarks = self.encoder(x, self.rotary)
         allowed = _allowed(tokens, foreign, passage, apart)
         searches = self.config.top_k > 0
+        missed = x.new_zeros(())
         for group in self.stacks:
+            if meant is not None:
+                missed = missed + _missed(group.ask(x[:, :, :-1]), landmarks, allowed, meant)
             if searches:
                 found = self._select(group, x, landmarks, allowed, segment, noise)
                 held = [_gather(t, found.chunks, self.config.heads) for t in (keys, values)]
@@ -256,7 +262,7 @@ class GroupedCrossTransformer(nn.Module):
                 x = x + layer.attention(layer.attention_norm(x), self.rotary)
                 said = self._cross(layer, x, held, found.weights, segment) if searches else 0.0
                 x = x + layer.mlp(layer.mlp_norm(x + said))
-        return self.head(self.norm(x[..., :-1, :]))
+        return self.head(self.norm(x[..., :-1, :])), missed
 
     def _select(
         self,
@@ -329,6 +335,27 @@ def _allowed(
     if apart is not None:
         other = other & ~apart.flatten()
     return seen | other
+
+
+def _missed(
+    queries: Tensor,  # [B, N, S, dim]
+    landmarks: Tensor,  # [B, N, dim]
+    allowed: Tensor,  # bool [B * N, B * N]
+    meant: Tensor,  # bool [B, N, S, N]
+) -> Tensor:  # []
+    """See GroupedCrossTransformer.forward."""
+    shape = landmarks.shape[:2]
+    older = torch.ones(shape[1], shape[1], dtype=torch.bool, device=meant.device).tril(-1)
+    meant = meant & older[:, None]
+    none = ~meant.any(dim=-1)  # [B, N, S]
+    scores = wide(queries.flatten(0, 2) @ landmarks.flatten(0, 1).T).unflatten(0, none.shape)
+    seen = allowed.unflatten(0, shape)[:, :, None]
+    own = wide(torch.einsum("bnsd,bmd->bnsm", queries, landmarks))
+    # A row without any must not become NaN, nor its gradient.
+    every = scores.masked_fill(~seen, float("-inf")).masked_fill(none[..., None], 0.0)
+    right = own.masked_fill(~meant, float("-inf")).masked_fill(none[..., None], 0.0)
+    lost = every.logsumexp(dim=-1) - right.logsumexp(dim=-1)
+    return lost.masked_fill(none, 0.0).sum() / (~none).sum().clamp(min=1)
 
 
 def _gather(x: Tensor, chunks: Tensor, heads: int) -> Tensor:

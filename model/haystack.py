@@ -25,7 +25,12 @@ class Haystack:
     question: str = QUESTIONS[0]
 
     def right(self, answer: str) -> bool:
-        """Say whether an answer gives the key: its first digits, all five, are the number."""
+        """Say whether an answer gives the key: its first digits, all five, are the number.
+
+        An answer that first says whose key it is (`keys.answer`) gives it after that.
+        """
+        if answer.startswith(" that of "):
+            answer = answer.partition(" is")[2]
         digits = answer.lstrip()[:5]
         return digits == str(self.number)
 

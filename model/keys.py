@@ -1,4 +1,4 @@
-"""Pass keys that have names, and such as are another's: how they are said and asked for.
+"""Pass keys that have names, and such as are another's: how they are said, asked for and answered.
 
 Owns the words. Where they are hidden is data.py's and haystack.py's business.
 """
@@ -42,3 +42,8 @@ def refer(name: str, other: str) -> str:
 def ask(name: str) -> str:
     """Return the question, up to where the number is the answer."""
     return f" What is the pass key of {name}? The pass key of {name} is"
+
+
+def answer(number: int, other: str | None = None) -> str:
+    """Return what follows the question; aloud where the key is another's: whose, and then it."""
+    return f" that of {other}. The pass key of {other} is {number}" if other else f" {number}"

@@ -14,7 +14,10 @@ class Stage:
     end; it slides there from that of the stage before. distractors: see LandmarkAttention.forward;
     by Grouped Cross Attention, if any, the chunks of other samples may be found;
     chain: how many of the samples are one passage, each of which may retrieve from those before
-    it; needles, mentions, repeats, gibberish, named, hops: see Tasks.
+    it; needles, mentions, repeats, gibberish, named, hops, aloud: see Tasks.
+    clues: what it counts that searches miss what is asked for (see GroupedCrossTransformer).
+    restart: share of the peak learning rate with which a new cosine begins (Loshchilov & Hutter
+    2017, arXiv 1608.03983); 0: none does.
     """
 
     steps: int
@@ -29,6 +32,9 @@ class Stage:
     gibberish: float = 0.3
     named: float = 0.0
     hops: float = 0.0
+    aloud: bool = False
+    clues: float = 0.0
+    restart: float = 0.0
 
 
 def stage_of(step: int, curriculum: tuple[Stage, ...]) -> Stage:
@@ -40,11 +46,23 @@ def stage_of(step: int, curriculum: tuple[Stage, ...]) -> Stage:
     return curriculum[-1]
 
 
-def learning_rate(step: int, total: int, peak: float, warmup: int = 200) -> float:
-    """Rise linearly, then fall along a cosine to a twentieth of the peak."""
+def learning_rate(step: int, curriculum: tuple[Stage, ...], peak: float) -> float:
+    """Rise linearly, then fall along a cosine to a twentieth of the peak; so in every cycle."""
+    cycles: list[list[Stage]] = []
+    for stage in curriculum:
+        if stage.restart or not cycles:
+            cycles.append([])
+        cycles[-1].append(stage)
+    totals = [sum(stage.steps for stage in cycle) for cycle in cycles]
+    here = 0
+    while step >= totals[here] and here + 1 < len(cycles):
+        step -= totals[here]
+        here += 1
+    peak *= cycles[here][0].restart or 1.0
+    warmup = min(200, totals[here] // 10)
     if step < warmup:
         return peak * (step + 1) / warmup
-    done = (step - warmup) / max(1, total - warmup)
+    done = (step - warmup) / max(1, totals[here] - warmup)
     return peak * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done)))
 
 

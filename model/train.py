@@ -119,11 +119,11 @@ def train(arguments: argparse.Namespace) -> None:
         stage = stage_of(step, curriculum)
         tasks.needles, tasks.mentions = stage.needles, stage.mentions
         tasks.repeats, tasks.gibberish = stage.repeats, stage.gibberish
-        tasks.named, tasks.hops = stage.named, stage.hops
+        tasks.named, tasks.hops, tasks.aloud = stage.named, stage.hops, stage.aloud
         samples = batch(tasks, arguments.seed, step, stage.count, stage.length, stage.chain)
         for optimizer, peak in zip(optimizers, peaks, strict=True):
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, total, peak)
+                group["lr"] = learning_rate(step, curriculum, peak)
             optimizer.zero_grad(set_to_none=True)
         torch.manual_seed(arguments.seed << 32 | step)  # of the noise, whatever was run before
         loss = recipe.loss(forward, samples, step, curriculum)

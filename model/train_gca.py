@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from model.config import GCAConfig
@@ -18,6 +19,7 @@ _AGAIN = {"mentions": 0.6, "repeats": 0.6}
 _FIRST = {**_AGAIN, "needles": 0.9, "named": 0.9}
 _THEN = {**_AGAIN, "needles": 0.8, "named": 0.8}
 _MIXTURE = {**_AGAIN, "needles": 0.6, "named": 0.6, "hops": 0.5}
+_CLUED = {**_MIXTURE, "needles": 0.75, "named": 0.8, "aloud": True, "clues": 0.5}
 
 CURRICULUM = (
     Stage(300, 512, 16, **_FIRST),  # type: ignore[arg-type]
@@ -27,6 +29,9 @@ CURRICULUM = (
     Stage(1200, 1024, 8, distractors=1, **_MIXTURE),  # type: ignore[arg-type]
     Stage(500, 4096, 2, distractors=1, **_MIXTURE),  # type: ignore[arg-type]
     Stage(80, 16384, 1, **_MIXTURE),  # type: ignore[arg-type]
+    Stage(300, 1024, 8, distractors=1, restart=0.5, **_CLUED),  # type: ignore[arg-type]
+    Stage(350, 4096, 2, distractors=1, **_CLUED),  # type: ignore[arg-type]
+    Stage(80, 16384, 1, **_CLUED),  # type: ignore[arg-type]
 )
 """Names come first, in texts so short that every chunk is found: so the search learns at once what
 to look for; keys that are another's come in such texts, too (the model has not learnt them yet).
@@ -46,12 +51,17 @@ def loss_of(
     foreign: bool = False,
     passage: Tensor | None = None,  # int64 [B]
     apart: Tensor | None = None,  # bool [B, N]
+    meant: Tensor | None = None,  # bool [B, N, S, N]
+    clues: float = 0.0,
 ) -> Tensor:
-    """Return the weighted mean cross entropy, nats a byte; see GroupedCrossTransformer.forward."""
+    """Return the weighted mean cross entropy, nats a byte, and `clues` times what searches miss.
+
+    See GroupedCrossTransformer.forward.
+    """
     chunks = text.unflatten(1, (-1, model.config.block_size))
     with torch.autocast(text.device.type, torch.bfloat16):
-        logits = model(chunks, segment, noise, foreign, passage, apart)
-    return weighed_loss(logits, text, weight)
+        logits, missed = model(chunks, segment, noise, foreign, passage, apart, meant)
+    return weighed_loss(logits, text, weight) + clues * missed
 
 
 def _step_loss(
@@ -64,15 +74,33 @@ def _step_loss(
     passage = torch.tensor([s.passage for s in samples], device=device)
     apart = said.unflatten(1, (-1, forward.config.block_size)).any(dim=-1)
     segment = _SEGMENTS[step % len(_SEGMENTS)]
-    foreign = bool(stage_of(step, curriculum).distractors)
-    return loss_of(forward, text, weight, segment, True, foreign, passage, apart)
+    stage = stage_of(step, curriculum)
+    meant = None
+    if stage.clues:
+        meant = torch.from_numpy(meant_by(samples, forward.config)).to(device)
+    return loss_of(
+        forward, text, weight, segment, True, bool(stage.distractors), passage, apart, meant,
+        stage.clues,
+    )  # fmt: skip
+
+
+def meant_by(samples: list[Sample], config: GCAConfig) -> NDArray[np.bool_]:
+    """Return which chunks a byte should find, bool [B, N, S, N]."""
+    size, length = config.block_size, len(samples[0].text)
+    meant = np.zeros((len(samples), length, length // size), bool)
+    for row, sample in enumerate(samples):
+        for clue in sample.clues:
+            for place in clue.says:
+                chunks = slice(place.start // size, (place.stop - 1) // size + 1)
+                meant[row, clue.asked, chunks] = True
+    return meant.reshape(len(samples), -1, size, length // size)
 
 
 class _Filler(Tasks):
     """Tasks whose filler is held-out text."""
 
     def __init__(self, text: Bytes) -> None:
-        super().__init__(Excerpts(text), needles=1.0)  # type: ignore[arg-type]
+        super().__init__(Excerpts(text), needles=1.0, aloud=True)  # type: ignore[arg-type]
 
     def filler(self, rng: np.random.Generator, length: int) -> tuple[Bytes, float]:
         return self.corpus.window(rng, length), 1.0
@@ -100,13 +128,10 @@ def _draw(tasks: Tasks, rng: np.random.Generator, kind: str) -> Sample:
     while True:
         sample = tasks.hide(rng, 1024) if kind == "pass key" else tasks.hide_named(rng, 1024)
         assert sample.answer is not None
-        before = bytes(sample.text[: sample.answer.start - 1])
         if kind == "pass key":
-            if before.endswith(b" pass key is"):
+            if bytes(sample.text[: sample.answer.start - 1]).endswith(b" pass key is"):
                 return sample
-            continue
-        name = before.rsplit(b" of ", 1)[-1].removesuffix(b" is")
-        if (b"key of " + name + b" is that of" in before) == (kind == "two hops"):
+        elif (sample.answer.stop - sample.answer.start > 5) == (kind == "two hops"):
             return sample
 
 
@@ -118,7 +143,7 @@ def _share_found(model: Any, samples: list[Sample]) -> float:
         said = torch.from_numpy(np.stack([s.said for s in some])).to(device)
         apart = said.unflatten(1, (-1, model.config.block_size)).any(dim=-1)
         chunks = x.unflatten(1, (-1, model.config.block_size))
-        guess = model(chunks, 4, foreign=True, apart=apart).flatten(1, 2).argmax(-1)
+        guess = model(chunks, 4, foreign=True, apart=apart)[0].flatten(1, 2).argmax(-1)
         for row, wanted, sample in zip(guess, x, some, strict=True):
             assert sample.answer is not None
             start, stop = sample.answer.start, sample.answer.stop

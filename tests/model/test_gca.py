@@ -92,7 +92,7 @@ def self_attention(weights, prefix, inner, sees, config):
 
 
 def run_one(weights, text, config, segment, found_of):
-    """One sequence, place by place: logits, and what each group chose for each place.
+    """One sequence, place by place: logits, what each group asks at each, and the landmarks.
 
     found_of: (group, place, scores of the chunks before) -> the chunks that are taken.
     """
@@ -144,7 +144,7 @@ def run_one(weights, text, config, segment, found_of):
         landmark = weights["encoder.landmark.weight"] @ own[-1]
         chunks.append((pairs, landmark))
 
-    choices = {}
+    queries = []
     for g in range(config.groups):
         at_group = state
         selected = []
@@ -155,16 +155,17 @@ def run_one(weights, text, config, segment, found_of):
                 asker = chunk * (size + 1) + place - place % segment
             else:
                 asker = chunk * (size + 1) - 1
-            if chunk == 0:
-                selected.append(([], []))
-                continue
             asking = norm(at_group[asker], weights[f"groups.{g}.norm.gain"])
             query = weights[f"groups.{g}.query.weight"] @ asking
             scores = [query @ chunks[c][1] / config.landmark_dim**0.5 for c in range(chunk)]
             taken = found_of(g, i, scores)
+            if not taken:
+                selected.append(([], []))
+                continue
             chosen = torch.stack([scores[c] for c in taken])
             selected.append((taken, chosen.exp() / chosen.exp().sum()))
-        choices[g] = [taken for taken, _ in selected]
+        gain, query = weights[f"groups.{g}.norm.gain"], weights[f"groups.{g}.query.weight"]
+        queries.append([query @ norm(x, gain) / config.landmark_dim**0.5 for x in state])
 
         def cross(prefix, i, x, selected=selected):
             taken, shares = selected[i]
@@ -192,7 +193,7 @@ def run_one(weights, text, config, segment, found_of):
     for i, x in enumerate(state):
         if i % (size + 1) < size:
             logits.append(weights["head.weight"] @ norm(x, weights["norm.gain"]))
-    return torch.stack(logits).view(*text.shape, 256), choices
+    return torch.stack(logits).view(*text.shape, 256), queries, [chunk[1] for chunk in chunks]
 
 
 def best(config):
@@ -207,7 +208,8 @@ def best(config):
 def test_the_training_form_is_the_definition(segment):
     model, text = make(), tokens()
     weights = dict(model.named_parameters())
-    out = model(text, segment)
+    out, missed = model(text, segment)
+    assert missed == 0  # nothing is meant
     wanted = torch.stack([run_one(weights, t, CONFIG, segment, best(CONFIG))[0] for t in text])
     assert (out - wanted).abs().max() < 1e-9
 
@@ -217,6 +219,45 @@ def test_the_training_form_is_the_definition(segment):
     for name, a, b in zip(weights, got, true, strict=True):
         assert (a - b).abs().max() < 1e-9 * max(1.0, float(b.abs().max())), name
         assert b.abs().max() > 1e-6, f"{name} is not in it"
+
+
+@pytest.mark.parametrize("foreign", [False, True])
+@pytest.mark.parametrize("segment", [0, 2])
+def test_what_is_missed_is_the_definition(segment, foreign):
+    """Each token that should find something, as if it asked for itself."""
+    model, text = make(), tokens()
+    weights = dict(model.named_parameters())
+    size = CONFIG.block_size
+    drawn = torch.rand(*text.shape, CHUNKS, generator=torch.Generator().manual_seed(2))
+    meant = drawn < 0.25  # some of chunks that come later, which nobody can find
+    meant[0, 3] = False
+    found_of = best(CONFIG)
+    if foreign:  # the reference does not do that, so what is found must not count
+        model.config = replace(CONFIG, top_k=0)
+        found_of = best(replace(CONFIG, top_k=0))
+    _, missed = model(text, segment, foreign=foreign, meant=meant)
+    runs = [run_one(weights, t, CONFIG, segment, found_of) for t in text]
+    wanted = 0.0
+    for g in range(CONFIG.groups):
+        lost = []
+        for b, n, s in itertools.product(range(SEQUENCES), range(CHUNKS), range(size)):
+            right = [c for c in range(n) if meant[b, n, s, c]]
+            if right:
+                query = runs[b][1][g][n * PLACES + s]
+                every = [query @ landmark for landmark in runs[b][2][:n]]
+                if foreign:
+                    every += [query @ landmark for landmark in runs[1 - b][2]]
+                shares = torch.stack(every).softmax(0)
+                lost.append(-shares[right].sum().log())
+        assert 10 < len(lost) < SEQUENCES * CHUNKS * size
+        wanted = wanted + sum(lost) / len(lost)
+    assert (missed - wanted).abs() < 1e-9
+    of_search = [w for name, w in weights.items() if "landmark" in name or "query" in name]
+    got = torch.autograd.grad(missed, of_search, allow_unused=True)
+    true = torch.autograd.grad(wanted, of_search, allow_unused=True)
+    assert sum(b is not None and bool(b.any()) for b in true) >= 3
+    for a, b in zip(got, true, strict=True):
+        assert (0 if a is None else a) == pytest.approx(0 if b is None else b, abs=1e-9)
 
 
 FOREIGN = {"foreign": True, "passage": torch.tensor([0, 0, 1]), "apart": torch.zeros(3, 4).bool()}
@@ -241,7 +282,7 @@ def test_what_comes_later_changes_nothing_before(segment, noise, foreign):
             changed[0, 2:] = texts(1)[0, 2:]
             changed[1] = texts(1)[1]  # of the same passage as 0, and behind it
         torch.manual_seed(5)
-        logits.append(model(changed, segment, noise, **foreign))
+        logits.append(model(changed, segment, noise, **foreign)[0])
     assert torch.equal(logits[0][0, :2], logits[1][0, :2])
     assert not torch.equal(logits[0][0, 2:], logits[1][0, 2:])
 
@@ -299,7 +340,7 @@ def test_the_search_is_trained_through_the_weights_alone():
     for cut in (False, True):
         model._select = detached if cut else select
         model.zero_grad()
-        model(text).square().sum().backward()
+        model(text)[0].square().sum().backward()
         for group in model.stacks:
             gradient = group.query.weight.grad
             assert (gradient is None or not gradient.any()) == cut

@@ -85,7 +85,7 @@ def text_of(length: int, seed: int = 0) -> Tensor:
 def at_once(text: Tensor, segment: int, model: GroupedCrossTransformer = MODEL) -> Tensor:
     """The logits of the training form; a text is filled up to whole chunks."""
     padded = torch.cat((text, text.new_zeros(-len(text) % SIZE)))
-    logits: Tensor = model(padded.view(1, -1, SIZE), segment)
+    logits: Tensor = model(padded.view(1, -1, SIZE), segment)[0]
     return logits[0].flatten(0, 1)[: len(text)]
 
 

@@ -17,8 +17,9 @@ from safetensors.torch import load_file
 
 from model import checkpoint, train, train_landmark
 from model.config import GCAConfig, ModelConfig
-from model.data import Excerpts, Sample, Tasks
+from model.data import Clue, Excerpts, Sample, Tasks
 from model.stages import Stage, gating_at, learning_rate, stage_of
+from model.train_gca import meant_by
 from model.train_landmark import loss_of
 from model.transformer import Transformer
 
@@ -203,14 +204,25 @@ def test_wrong_corpora_are_refused(arguments: argparse.Namespace, tmp_path: Path
 
 
 def test_the_learning_rate_rises_and_falls() -> None:
-    rates = [learning_rate(step, 1000, 2e-3, warmup=200) for step in range(1001)]
+    curriculum = (Stage(1500, 128, 4), Stage(700, 256, 2))
+    rates = [learning_rate(step, curriculum, 2e-3) for step in range(2201)]
     assert rates[0] == pytest.approx(1e-5)
     assert rates[99] == pytest.approx(1e-3)
     assert rates[199] == rates[200] == pytest.approx(2e-3)
-    assert rates[600] == pytest.approx(2e-3 * (0.05 + 0.95 / 2))
-    assert rates[1000] == pytest.approx(1e-4)
+    assert rates[1200] == pytest.approx(2e-3 * (0.05 + 0.95 / 2))
+    assert rates[2200] == pytest.approx(1e-4)
     assert rates[:200] == sorted(set(rates[:200]))
     assert rates[200:] == sorted(set(rates[200:]), reverse=True)
+
+
+def test_a_new_cycle_of_the_learning_rate() -> None:
+    """Of its own peak, and the one before as if there were none."""
+    first, second = (Stage(400, 128, 4),), (Stage(60, 128, 4, restart=0.5), Stage(40, 128, 4))
+    rates = [learning_rate(step, first + second, 2e-3) for step in range(500)]
+    assert rates[:400] == [learning_rate(step, first, 2e-3) for step in range(400)]
+    assert rates[400:] == [learning_rate(step, second, 2e-3) for step in range(100)]
+    assert rates[39] == pytest.approx(2e-3)  # a tenth of the steps, if there are few
+    assert max(rates[400:]) == rates[409] == pytest.approx(1e-3)
 
 
 def test_stages_follow_one_another() -> None:
@@ -315,10 +327,11 @@ def test_grouped_cross_attention_is_trained_by_the_same_loop(
         width=16, heads=2, lower=1, groups=2, mlp_width=32, block_size=16, landmark_dim=8, top_k=2,
         segment=8, buckets=64,
     )  # fmt: skip
-    mixture = {"needles": 0.6, "named": 0.5, "hops": 0.5}
+    mixture = {"needles": 0.6, "named": 0.5, "hops": 0.5, "aloud": True}
     curriculum = (
         Stage(40, 256, 2, **mixture),  # type: ignore[arg-type]
-        Stage(25, 320, 2, distractors=1, **mixture),  # type: ignore[arg-type]
+        Stage(10, 320, 2, distractors=1, **mixture),  # type: ignore[arg-type]
+        Stage(15, 320, 2, distractors=1, clues=0.5, restart=0.5, **mixture),  # type: ignore[arg-type]
     )
     recipe = replace(train.RECIPES["gca"], curriculum=curriculum, config=lambda: config)
     quick = replace(recipe, examine=QUICK.examine)
@@ -380,13 +393,35 @@ def test_in_turn_segments_short_ones_and_chunks_ask() -> None:
             super().__init__()
             self.weight = torch.nn.Parameter(torch.zeros(1))
 
-        def forward(self, chunks, segment, noise, foreign, passage, apart):  # type: ignore
-            asked.append((segment, noise, foreign))
-            return torch.zeros(*chunks.shape, 256) + self.weight
+        def forward(self, chunks, segment, noise, foreign, passage, apart, meant):  # type: ignore
+            asked.append((segment, noise, foreign, meant is not None))
+            logits = torch.zeros(*chunks.shape, 256) + self.weight
+            return logits, self.weight.sum() + (1000.0 if meant is not None else 0.0)
 
-    curriculum = (Stage(10, 1024, 1), Stage(10, 1024, 1, distractors=1))
-    for step in range(20):
-        train.RECIPES["gca"].loss(Network(), samples, step, curriculum)
-    assert [segment for segment, *_ in asked] == [None, None, 4, None, 0] * 4
-    assert [foreign for *_, foreign in asked] == [False] * 10 + [True] * 10
-    assert all(noise for _, noise, _ in asked)
+    curriculum = (
+        Stage(10, 1024, 1), Stage(10, 1024, 1, distractors=1), Stage(5, 1024, 1, clues=0.5)
+    )  # fmt: skip
+    losses = [
+        train.RECIPES["gca"].loss(Network(), samples, step, curriculum).item() for step in range(25)
+    ]
+    assert [segment for segment, *_ in asked] == [None, None, 4, None, 0] * 5
+    assert [foreign for _, _, foreign, _ in asked] == [False] * 10 + [True] * 10 + [False] * 5
+    assert all(noise for _, noise, *_ in asked)
+    assert [clued for *_, clued in asked] == [False] * 20 + [True] * 5
+    assert losses[20:] == pytest.approx([loss + 500 for loss in losses[:5]])
+
+
+def test_which_chunks_are_meant() -> None:
+    clues = (
+        Clue(slice(100, 110), (slice(14, 17), slice(40, 41))),
+        Clue(slice(120, 121), (slice(30, 33),)),
+    )
+    text, weight = np.zeros(128, np.uint8), np.ones(128, np.float32)
+    samples = [Sample(text, weight, np.zeros(128, bool), None, clues=each) for each in ((), clues)]
+    meant = meant_by(samples, GCAConfig(block_size=16, segment=16))
+    assert meant.shape == (2, 8, 16, 8)
+    assert not meant[0].any()
+    by_byte = meant[1].reshape(128, 8)
+    assert by_byte.sum() == 10 * 3 + 2
+    assert by_byte[100:110].nonzero()[1].tolist() == [0, 1, 2] * 10
+    assert by_byte[120].nonzero()[0].tolist() == [1, 2]

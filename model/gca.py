@@ -253,9 +253,10 @@ class GroupedCrossTransformer(nn.Module):
         searches = self.config.top_k > 0
         missed = x.new_zeros(())
         for group in self.stacks:
-            if meant is not None:
-                missed = missed + _missed(group.ask(x[:, :, :-1]), landmarks, allowed, meant)
             if searches:
+                if meant is not None:
+                    asked = group.ask(x[:, :, :-1])
+                    missed = missed + _missed(asked, landmarks, allowed, meant)
                 found = self._select(group, x, landmarks, allowed, segment, noise)
                 held = [_gather(t, found.chunks, self.config.heads) for t in (keys, values)]
             for layer in group.stack:

@@ -26,7 +26,7 @@ from model.transformer import Transformer
 SHIPPED = train.RECIPES["landmark"].curriculum
 CURRICULUM = (
     Stage(70, 128, 2, gating=0.5, needles=0.6, mentions=0.0),
-    Stage(50, 160, 3, distractors=1, chain=2, needles=0.5, mentions=0.5),
+    Stage(50, 160, 3, distractors=1, chain=2, needles=0.5, mentions=0.5, aloud=True),
 )
 TINY = {"width": 16, "heads": 2, "layers": "lr", "mlp_width": 16, "top_k": 2}
 
@@ -180,7 +180,7 @@ def test_each_stage_draws_its_own_mixture(arguments: argparse.Namespace) -> None
     drawn, mixtures = train.batch, []
 
     def batch(tasks: Tasks, seed: int, at: int, *sizes: int) -> object:
-        mixtures.append((at, tasks.needles, tasks.mentions, *sizes))
+        mixtures.append((at, tasks.needles, tasks.mentions, tasks.aloud, *sizes))
         if at == 71:
             raise StoppedError
         return drawn(tasks, seed, at, *sizes)
@@ -190,8 +190,8 @@ def test_each_stage_draws_its_own_mixture(arguments: argparse.Namespace) -> None
         with pytest.raises(StoppedError):
             train.train(arguments)
     assert [at for at, *_ in mixtures] == list(range(72))
-    assert mixtures[69] == (69, 0.6, 0.0, 2, 128, 0)
-    assert mixtures[70] == (70, 0.5, 0.5, 3, 160, 2)
+    assert mixtures[69] == (69, 0.6, 0.0, False, 2, 128, 0)
+    assert mixtures[70] == (70, 0.5, 0.5, True, 3, 160, 2)
 
 
 def test_wrong_corpora_are_refused(arguments: argparse.Namespace, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,27 +16,26 @@ from model.data import Bytes, Excerpts, Sample, Tasks
 from model.recipe import Recipe, weighed_loss
 from model.stages import Stage, stage_of
 
-_AGAIN = {"mentions": 0.6, "repeats": 0.6}
-_FIRST = {**_AGAIN, "needles": 0.9, "named": 0.9}
-_THEN = {**_AGAIN, "needles": 0.8, "named": 0.8}
-_MIXTURE = {**_AGAIN, "needles": 0.6, "named": 0.6, "hops": 0.5}
-_CLUED = {**_MIXTURE, "needles": 0.75, "named": 0.8, "aloud": True, "clues": 0.5}
+_FIRST = partial(Stage, mentions=0.6, repeats=0.6, needles=0.9, named=0.9)
+_THEN = partial(_FIRST, needles=0.8, named=0.8)
+_MIXTURE = partial(_FIRST, needles=0.6, named=0.6, hops=0.5)
+_CLUED = partial(_MIXTURE, needles=0.75, named=0.8, aloud=True, clues=0.5)
 
 CURRICULUM = (
-    Stage(300, 512, 16, **_FIRST),  # type: ignore[arg-type]
-    Stage(350, 1024, 8, distractors=1, **_THEN, hops=0.5),  # type: ignore[arg-type]
-    Stage(350, 512, 16, **_FIRST, hops=0.7),  # type: ignore[arg-type]
-    Stage(200, 1024, 8, **_THEN, hops=0.6),  # type: ignore[arg-type]
-    Stage(1200, 1024, 8, distractors=1, **_MIXTURE),  # type: ignore[arg-type]
-    Stage(500, 4096, 2, distractors=1, **_MIXTURE),  # type: ignore[arg-type]
-    Stage(80, 16384, 1, **_MIXTURE),  # type: ignore[arg-type]
-    Stage(300, 1024, 8, distractors=1, restart=0.5, **_CLUED),  # type: ignore[arg-type]
-    Stage(350, 4096, 2, distractors=1, **_CLUED),  # type: ignore[arg-type]
-    Stage(80, 16384, 1, **_CLUED),  # type: ignore[arg-type]
+    _FIRST(300, 512, 16),
+    _THEN(350, 1024, 8, distractors=1, hops=0.5),
+    _FIRST(350, 512, 16, hops=0.7),
+    _THEN(200, 1024, 8, hops=0.6),
+    _MIXTURE(1200, 1024, 8, distractors=1),
+    _MIXTURE(500, 4096, 2, distractors=1),
+    _MIXTURE(80, 16384, 1),
+    _CLUED(300, 1024, 8, distractors=1, restart=0.5),
+    _CLUED(350, 4096, 2, distractors=1),
+    _CLUED(80, 16384, 1),
 )
 """Names come first, in texts so short that every chunk is found: so the search learns at once what
-to look for; keys that are another's come in such texts, too (the model has not learnt them yet).
-With distractors, the chunks of the other sequences of a batch may be found."""
+to look for. With distractors, the chunks of the other sequences of a batch may be found. Keys that
+are another's are not learnt before the second cycle, where they are answered aloud."""
 
 _SEGMENTS = (None, None, 4, None, 0)
 """What steps use in turn: the configuration's segments; short ones, so that any place learns to

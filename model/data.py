@@ -351,36 +351,30 @@ class Tasks:
         filler, weight = self.filler(rng, length)
         cuts = np.sort(rng.integers(0, room + 1, len(hidden)))
         pieces: list[tuple[Bytes, float]] = []
-        places: dict[str, int] = {}
-        start = at = 0
-        order = rng.permutation(len(hidden))
-        for cut, name in zip(cuts, [list(hidden)[i] for i in order], strict=True):
+        start = 0
+        order = [list(hidden.values())[i] for i in rng.permutation(len(hidden))]
+        for cut, sentence in zip(cuts, order, strict=True):
             pieces.append((filler[start:cut], weight))
-            pieces.append((np.frombuffer(hidden[name].encode(), np.uint8), 0.3))
-            places[name] = at + int(cut) - start
-            at += int(cut) - start + len(hidden[name])
-            start = int(cut)
+            pieces.append((np.frombuffer(sentence.encode(), np.uint8), 0.3))
+            start = cut
         pieces.append((filler[start:room], weight))
-        start, at = room, at + room - start
-        clues: list[Clue] = []
-        for name, (question, answer), size in zip(asked, said, between, strict=True):
+        start = room
+        for (question, answer), size in zip(said, between, strict=True):
             pieces.append((np.frombuffer(question.encode(), np.uint8), 0.3))
             pieces.append((np.frombuffer(answer.encode(), np.uint8), self.answer_weight))
             pieces.append((filler[start : start + size], weight))
             start += size
-            understood, owner = at + question.index("?"), owners.get(name)
-            at += len(question) + len(answer)
-            if owner and self.aloud:
-                stop = at - len(answer) + answer.index(".")
-                where = _places(hidden[name], owner, places[name])
-                clues.append(Clue(slice(understood, stop - 1), where))
-                understood = stop
-            where = _places(hidden[owner or name], str(numbers[name]), places[owner or name])
-            clues.append(Clue(slice(understood, at - 2), where))
-            at += int(size)
+        text = np.concatenate([data for data, _ in pieces])
+        clues: list[Clue] = []
+        for name, (question, answer) in zip(asked, said, strict=True):
+            owner = owners.get(name, name)
+            steps = [(hidden[owner], str(numbers[name]))]
+            if name in others:
+                steps.insert(0, (hidden[name], owner))
+            clues += _clues(bytes(text), length - end, question + answer, steps)
         stop = length - int(between[-1]) - 1
         return Sample(
-            np.concatenate([data for data, _ in pieces]),
+            text,
             np.concatenate([np.full(len(data), each, np.float32) for data, each in pieces]),
             np.zeros(length, bool),  # the names tell them from what other texts say
             answer=slice(stop + 2 - len(said[-1][1]), stop),
@@ -414,10 +408,27 @@ class Tasks:
         return (f" {number} ", f" = {number}\n", f"({number}, ")[rng.integers(3)]
 
 
-def _places(sentence: str, part: str, start: int) -> tuple[slice, ...]:
-    """Return where a part of a sentence stands, in a text where that begins at `start`."""
-    found = (start + match.start() for match in re.finditer(part, sentence))
-    return tuple(slice(at, at + len(part)) for at in found)
+def _clues(text: bytes, end: int, dialogue: str, steps: list[tuple[str, str]]) -> list[Clue]:
+    """Make a clue of each step of a question and its answer.
+
+    steps: the sentence, hidden before `end`, that says what is looked for, and what that is: the
+    answer has one after the other, before a full stop.
+    """
+    clues = []
+    start = text.index(dialogue.encode(), end)
+    understood = dialogue.index("?")
+    for sentence, part in steps:
+        stop = dialogue.index(f"{part}.", understood) + len(part)
+        at = text.index(sentence.encode(), 0, end)
+        says = (at + match.start() for match in re.finditer(part, sentence))
+        clues.append(
+            Clue(
+                slice(start + understood, start + stop - 1),
+                tuple(slice(place, place + len(part)) for place in says),
+            )
+        )
+        understood = stop
+    return clues
 
 
 def _plain(text: Bytes, weight: NDArray[np.float32] | None = None) -> Sample:

@@ -187,8 +187,8 @@ def main() -> None:
     with multiprocessing.get_context("spawn").Pool(a.jobs, _start, (a.threads,)) as pool:
         for result in pool.imap_unordered(read_once, jobs):
             results.append(result)
-            if not result["right"]["retrieval"]:
-                print("missed", result["job"], flush=True)
+            job, right = result["job"], result["right"]["retrieval"]
+            print(f"{len(results)} of {len(jobs)}", "found" if right else "missed", job, flush=True)
     results.sort(key=lambda r: (r["job"].tokens, r["job"].filler, r["job"].phrase))
     main_jobs = [r for r in results if r["job"].controls]
     others = [r for r in results if not r["job"].controls]

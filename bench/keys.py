@@ -32,8 +32,12 @@ def read_once(args: argparse.Namespace, kind: str, seed: int) -> list[dict[str, 
     model = checkpoint.load(args.model)
     filler = fillers(args.corpus)[kind]
     text, asked = haystack.hide_keys(filler, args.tokens, seed, args.keys, args.hops)
-    room = 8 if args.hops == 1 else 64
-    sampling = Sampling(max_new_tokens=room, stop=(".", ",") if args.hops == 1 else ())
+    # An answer in two steps has a full stop after the first one.
+    sampling = (
+        Sampling(max_new_tokens=8, stop=(".", ","))
+        if args.hops == 1
+        else Sampling(max_new_tokens=64)
+    )
     retrieval = family_of(model).stream.retrieval_of(model.config, args.top_k)
     rows = []
     with reading(model, args.tokens, SHARES, retrieval) as stream:

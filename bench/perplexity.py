@@ -53,7 +53,8 @@ class Job:
 def sight_of(config: ModelConfig, blocks: int) -> int:
     """Return how many bytes back a model reaches whose retrieving layers see the nearest blocks."""
     local = config.layers.count("l") * (config.window_blocks + 1)
-    return (local + config.retrieving * (blocks + 1)) * config.block_size + config.reach
+    reach = max(config.reach, *config.grams)
+    return (local + config.retrieving * (blocks + 1)) * config.block_size + reach
 
 
 @cache

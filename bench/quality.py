@@ -1,8 +1,10 @@
 """Bits a byte of several models side by side: the same bytes behind longer and longer contexts.
 
-Every model reads the same excerpts of the text, each by its own search (and, with --controls, by
-what its family has in its place), and the bytes at their ends are scored as an answer is written.
-The differences are to the first model, paired by excerpt.
+The --score bytes at each of --excerpts places in the text are scored as an answer is written, by
+every model behind the same context, which was read by the model's own search; with --controls also
+by what its family has in place of a search. The differences are to the first model, paired by
+excerpt. Excerpts that begin within a sixteenth of the context share a reading, so that the later
+ones' contexts are longer by as much.
 
 python -m bench.quality --corpus texts --models window.safetensors landmark gca
 """
@@ -14,6 +16,8 @@ import json
 import math
 import multiprocessing
 import time
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +25,62 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import Progress
+from torch.nn import functional as F
 
-from bench.perplexity import Job, bits, load, load_text
+from bench.perplexity import load, load_text
+from bench.reading import reading
 from model.families import family_of
+from model.generate import PIECE
 
 LENGTHS = (1024, 4096, 16384, 65536, 262144)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One reading by one model, from `start` on; `score` bytes are scored at each of the places."""
+
+    model: str
+    ways: tuple[Any, ...]
+    text: Path
+    start: int
+    places: tuple[int, ...]
+    score: int
+
+
+def together(places: list[int], length: int) -> list[tuple[int, ...]]:
+    """Return the places, in order, in groups that share a reading."""
+    groups: list[list[int]] = []
+    for place in places:
+        if groups and place - groups[-1][0] <= length // 16:
+            groups[-1].append(place)
+        else:
+            groups.append([place])
+    return [tuple(group) for group in groups]
+
+
+def bits(job: Job) -> list[list[float]]:
+    """Return each place's mean bits a byte by each of the ways."""
+    text, at = load_text(job.text), job.start
+    longest = job.places[-1] + job.score - job.start
+    found = []
+    with reading(load(job.model), longest, (0.5, 1.0)) as stream:
+        for place in job.places:
+            target = text[place - 1 : place + job.score]
+            for begin in range(at, place - 1, PIECE):
+                stream.skim(text[begin : min(begin + PIECE, place - 1)])
+            at = place - 1
+            found.append([])
+            for way in job.ways:
+                asked = stream.fork()
+                try:
+                    asked.retrieval = way
+                    asked.retrieval = asked.answering()
+                    logits = asked.score(target[:-1])
+                finally:
+                    asked.context.close()
+                nats = float(F.cross_entropy(logits, target[1:].long()))
+                found[-1].append(nats / math.log(2))
+    return found
 
 
 def ways_of(name: str, controls: bool) -> dict[str, Any]:
@@ -56,7 +111,7 @@ def main() -> int:
     parser.add_argument("--lengths", type=int, nargs="+", default=list(LENGTHS))
     parser.add_argument("--excerpts", type=int, default=32)
     parser.add_argument("--score", type=int, default=512, help="bytes scored of each")
-    parser.add_argument("--jobs", type=int, default=2, help="excerpts at a time, a thread each")
+    parser.add_argument("--jobs", type=int, default=2, help="readings at a time, a thread each")
     a = parser.parse_args()
     if min(a.excerpts, a.score, a.jobs) < 1:
         parser.error("--excerpts, --score and --jobs must be at least 1")
@@ -69,44 +124,46 @@ def main() -> int:
         for length in a.lengths:
             if not a.score <= length <= room:
                 raise ValueError(f"length {length} must be between {a.score} and {room}")
-        rows = [
-            (name, how, way) for name in a.models for how, way in ways_of(name, a.controls).items()
-        ]
+        ways = {name: ways_of(name, a.controls) for name in a.models}
     except (ValueError, OSError) as error:
         parser.error(str(error))
     places = np.linspace(max(a.lengths), room, a.excerpts).astype(int).tolist()
     jobs = [
-        Job(name, paths[0], way, length, place, a.score)
+        Job(name, tuple(ways[name].values()), paths[0], group[0] + a.score - length, group, a.score)
         for length in a.lengths
-        for name, _, way in rows
-        for place in places
+        for name in a.models
+        for group in together(places, length)
     ]
     table: list[dict[str, Any]] = []
-    print(f"bits a byte, n = {a.excerpts} of {a.score} bytes; against {rows[0][1]}")
+    print(
+        f"bits a byte, n = {a.excerpts} of {a.score} bytes; against {next(iter(ways[a.models[0]]))}"
+    )
     console = Console(stderr=True)
     with (
         multiprocessing.get_context("spawn").Pool(a.jobs, torch.set_num_threads, (1,)) as pool,
         Progress(console=console, disable=not console.is_terminal) as progress,
     ):
-        task = progress.add_task("excerpts", total=len(jobs))
+        task = progress.add_task("readings", total=len(jobs))
         results = pool.imap(bits, jobs)
         for length in a.lengths:
             first = None
-            for _, how, _ in rows:
+            for name in a.models:
                 scores = []
-                for _ in places:
+                for _ in together(places, length):
                     scores.append(next(results))
                     progress.advance(task)
-                found = np.array(scores)
-                first = found if first is None else first
-                gain = found - first
-                spread = float(gain.std(ddof=1)) / math.sqrt(len(gain)) if len(gain) > 1 else 0.0
-                row = {"context": length, "model": how, "bits": float(found.mean())}
-                table.append(row | {"gain": float(gain.mean()), "gain_error": spread})
-                print(
-                    f"{length:>8} {how:>24} {found.mean():.4f}  {gain.mean():+.4f} ± {spread:.4f}",
-                    flush=True,
-                )
+                columns = np.array(list(chain.from_iterable(scores))).T
+                for how, found in zip(ways[name], columns, strict=True):
+                    first = found if first is None else first
+                    gain = found - first
+                    spread = float(gain.std(ddof=1) / math.sqrt(len(gain))) if len(gain) > 1 else 0
+                    row = {"context": length, "model": how, "bits": float(found.mean())}
+                    table.append(row | {"gain": float(gain.mean()), "gain_error": spread})
+                    print(
+                        f"{length:>8} {how:>24} {found.mean():.4f}"
+                        f"  {gain.mean():+.4f} ± {spread:.4f}",
+                        flush=True,
+                    )
     report = {"bench": "quality", "text": a.text, "n": a.excerpts, "score": a.score, "rows": table}
     print(json.dumps(report | {"minutes": round((time.perf_counter() - began) / 60, 1)}))
     return 0

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 VOCABULARY = 256
 """Tokens are bytes; the landmark token has an embedding of its own, outside the vocabulary."""
+
+
+def _gram_sizes(grams: Iterable[int]) -> tuple[int, ...]:
+    sizes = tuple(grams)  # a list in a checkpoint's header
+    if any(size < 1 for size in sizes):
+        raise ValueError(f"grams must be at least 1 each, not {list(sizes)}")
+    return sizes
 
 
 @dataclass(frozen=True)
@@ -16,7 +24,8 @@ class ModelConfig:
     family: which attention the retrieving layers use.
     width: size of the residual stream; heads * head_dim. mlp_width: of the MLPs' hidden layers.
     layers: one letter a layer, from the input up: "l" local attention, "r" retrieving.
-    reach: bytes that each place's embedding knows of: its own and those right before it.
+    reach: bytes that each place's embedding knows of: its own and those right before it. grams:
+    lengths of the strings that end there and are embedded whole, by one of `buckets` vectors each.
     block_size: tokens of a block; the landmark token takes one position more.
     window_blocks: how many blocks before its own a local layer sees.
     near: recent blocks that are always attended to.
@@ -32,6 +41,8 @@ class ModelConfig:
     block_size: int = 32
     window_blocks: int = 2
     reach: int = 4
+    grams: tuple[int, ...] = ()
+    buckets: int = 8192
     rope_base: float = 1e6
     near: int = 8
     top_k: int = 4
@@ -40,12 +51,14 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.family not in ("landmark",):
             raise ValueError(f"model family {self.family!r} is unknown: use 'landmark'")
+        object.__setattr__(self, "grams", _gram_sizes(self.grams))
         for name in (
             "width",
             "heads",
             "mlp_width",
             "block_size",
             "reach",
+            "buckets",
             "window_blocks",
             "near",
             "top_k",
@@ -114,9 +127,7 @@ class GCAConfig:
     def __post_init__(self) -> None:
         if self.family != "gca":
             raise ValueError(f"model family {self.family!r} is not 'gca'")
-        object.__setattr__(self, "grams", tuple(self.grams))  # a list in a checkpoint's header
-        if any(size < 1 for size in self.grams):
-            raise ValueError(f"grams must be at least 1 each, not {list(self.grams)}")
+        object.__setattr__(self, "grams", _gram_sizes(self.grams))
         for name, value in asdict(self).items():
             least = 0 if name in ("segment", "lower", "top_k") else 1
             if name not in ("family", "rope_base", "grams") and value < least:

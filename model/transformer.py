@@ -33,7 +33,7 @@ class Transformer(nn.Module):
         """Make a model; initialize: False where the weights are about to be loaded."""
         super().__init__()
         self.config = config
-        self.embedding = Embedding(config.width, config.reach)
+        self.embedding = Embedding(config.width, config.reach, config.grams, config.buckets)
         self.layers = nn.ModuleList(Layer(config, kind) for kind in config.layers)
         self.norm = RMSNorm(config.width)
         self.head = nn.Linear(config.width, VOCABULARY, bias=False)

@@ -32,12 +32,14 @@ SELECTIVE = Retrieval(top_k=2, near=1, segment=4)
 BLOCK = 8
 
 
-def make_model(layers: str = "lrr", block_size: int = BLOCK, seed: int = 0) -> Transformer:
+def make_model(
+    layers: str = "lrr", block_size: int = BLOCK, seed: int = 0, grams: tuple[int, ...] = ()
+) -> Transformer:
     """Random weights, with scores of a size that makes some blocks matter much more than others."""
     torch.manual_seed(seed)
     config = ModelConfig(
         width=32, heads=2, layers=layers, mlp_width=32, block_size=block_size, near=3, top_k=2,
-        segment=block_size,
+        segment=block_size, grams=grams, buckets=64,
     )  # fmt: skip
     model = Transformer(config).eval().requires_grad_(False)
     for name, weight in model.named_parameters():
@@ -195,6 +197,15 @@ def test_any_order_of_layers(layers: str) -> None:
     text = text_of(70)
     with opened(model, all_of(70)) as stream:
         assert gap(read_in(stream, text, [1, 30, 2]), dense(model, text)) < NEAR
+
+
+@pytest.mark.parametrize("cuts", [[1] * 69, [1, 30, 2]])
+def test_strings_that_are_embedded_whole(cuts: list[int]) -> None:
+    model = make_model(grams=(3, 6))
+    text = text_of(70)
+    assert gap(dense(model, text), dense(make_model(), text)) > 100 * NEAR
+    with opened(model, all_of(70)) as stream:
+        assert gap(read_in(stream, text, cuts), dense(model, text)) < NEAR
 
 
 @pytest.mark.parametrize("segment", [1, 8, 32])

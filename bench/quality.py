@@ -62,7 +62,7 @@ def bits(job: Job) -> list[list[float]]:
     """Return each place's mean bits a byte by each of the ways."""
     text, at = load_text(job.text), job.start
     longest = job.places[-1] + job.score - job.start
-    found = []
+    found: list[list[float]] = []
     with reading(load(job.model), longest, (0.5, 1.0)) as stream:
         for place in job.places:
             target = text[place - 1 : place + job.score]

@@ -6,7 +6,7 @@ by what its family has in place of a search. The differences are to the first mo
 excerpt. Excerpts that begin within a sixteenth of the context share a reading, so that the later
 ones' contexts are longer by as much.
 
-python -m bench.quality --corpus texts --models window.safetensors landmark gca
+python -m bench.quality --corpus texts --models window.safetensors landmark gca --plot quality.png
 """
 
 from __future__ import annotations
@@ -95,6 +95,27 @@ def ways_of(name: str, controls: bool) -> dict[str, Any]:
     return ways
 
 
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Draw bits a byte over the context, a line a way."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    for how in dict.fromkeys(row["model"] for row in rows):
+        mine = [row for row in rows if row["model"] == how]
+        style = "--" if ", " in how else "-"  # what stands for a search
+        axes.semilogx(
+            [r["context"] for r in mine], [r["bits"] for r in mine], "o" + style, label=how
+        )
+    axes.set_xlabel("bytes of context")
+    axes.set_ylabel("bits a byte")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
 def main() -> int:
     """Score, print a row a context length; the last line is JSON."""
     parser = argparse.ArgumentParser(
@@ -112,6 +133,7 @@ def main() -> int:
     parser.add_argument("--excerpts", type=int, default=32)
     parser.add_argument("--score", type=int, default=512, help="bytes scored of each")
     parser.add_argument("--jobs", type=int, default=2, help="readings at a time, a thread each")
+    parser.add_argument("--plot", type=Path, help="write the figures as a picture")
     a = parser.parse_args()
     if min(a.excerpts, a.score, a.jobs) < 1:
         parser.error("--excerpts, --score and --jobs must be at least 1")
@@ -164,6 +186,8 @@ def main() -> int:
                         f"  {gain.mean():+.4f} ± {spread:.4f}",
                         flush=True,
                     )
+    if a.plot:
+        plot(table, a.plot)
     report = {"bench": "quality", "text": a.text, "n": a.excerpts, "score": a.score, "rows": table}
     print(json.dumps(report | {"minutes": round((time.perf_counter() - began) / 60, 1)}))
     return 0

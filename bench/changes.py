@@ -192,8 +192,6 @@ class Work:
             for name, segments in found.items():
                 if fault := self.fault_of(store, name, segments):
                     raise AssertionError(f"context {name}: {fault}")
-            if damaged := verify(store).damaged:
-                raise AssertionError(damaged[0])
             store.sweep()
             if verify(store).unreferenced:
                 raise AssertionError("blocks are left that no context has")

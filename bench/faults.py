@@ -62,6 +62,9 @@ STEPS: dict[str, tuple[type, str]] = {
     "save of an index": (GraphFiles, "keep"),
 }
 
+RARE = {"growth of the map": 2}
+"""Within how many calls a process is killed, where it does not live to see thirty."""
+
 
 # --- kills --------------------------------------------------------------------------------------
 
@@ -72,7 +75,7 @@ def work(directory: str, state: State, seed: int, step: str | None, told: Connec
     rng = random.Random(seed)
     disk._FIRST_MAP_PAGES = 16  # so that there is growth
     if step is not None:
-        die_within(*STEPS[step], rng)
+        die_within(*STEPS[step], rng, most=RARE.get(step, 30))
     durability = rng.choice(list(DURABILITIES))
     with SMALL.open(directory, durability=durability) as store:
         while True:

@@ -68,7 +68,7 @@ def write(directory: Path, work: Work, seconds: float, seed: int, told: Any) -> 
             give_back()
             most_held = max(most_held, anonymous_bytes() - bare)
             file_bytes = max(file_bytes, (directory / "data.mdb").stat().st_size)
-        store.check()
+        store.check_tables()
         wrong, index_bytes = [], 0
         for name, segments in state.items():
             if fault := work.fault_of(store, name, segments):

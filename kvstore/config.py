@@ -191,8 +191,6 @@ class StoreConfig:
     read_only: bool = False
 
     def __post_init__(self) -> None:
-        if self.read_only and self.directory is None:
-            raise ValueError("read_only: there is nothing to read without a directory")
         if self.cold is None and self.directory is not None:
             raise ValueError(
                 f"directory: {str(self.directory)!r} would stay empty, because cold is None; "

@@ -28,6 +28,10 @@ class CorruptStoreError(CorruptBlockError):
     """The structure of a store's file is damaged, so that nothing can safely be read from it."""
 
 
+class OtherFormatError(ValueError):
+    """What is kept was written by another version of this program: no damage, but not readable."""
+
+
 class WriteFailedError(KVStoreError):
     """A write behind the caller's back failed; raised at the next call."""
 

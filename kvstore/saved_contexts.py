@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
-from kvstore.errors import CorruptBlockError
+from kvstore.errors import CorruptBlockError, OtherFormatError
 from kvstore.manifest import FORMAT, OF_A_SAVE, Manifest, check_manifest, gone_back, numbers_of
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ class SavedContexts:
     def manifest(self, name: str) -> Manifest | None:
         """Return the manifest; None if there is none.
 
-        ValueError if it is of another version, CorruptBlockError if it makes no sense.
+        OtherFormatError if it is of another version, CorruptBlockError if it makes no sense.
         """
         key = _key(name)
         try:
@@ -124,9 +124,9 @@ class SavedContexts:
             said = f"its manifest makes no sense: {error}"
             raise CorruptBlockError(f"context {name!r}: {said}") from None
         if version != FORMAT:
-            raise ValueError(
+            raise OtherFormatError(
                 f"context {name!r} was saved in format {version}, this version "
-                f"reads format {FORMAT}; delete it, or use the version that wrote it"
+                f"reads format {FORMAT}: remove it, or use the version that wrote it"
             )
         return manifest
 
@@ -140,7 +140,7 @@ class SavedContexts:
         return manifest
 
     def require_version(self) -> None:
-        """Raise ValueError if a context is of another version of the format."""
+        """Raise OtherFormatError if a context is of another version of the format."""
         for name in self.names():
             with contextlib.suppress(CorruptBlockError):
                 self.manifest(name)
@@ -148,7 +148,8 @@ class SavedContexts:
     def describe(self, name: str) -> KeptContext:
         """Return what is known of a context.
 
-        KeyError if there is none, CorruptBlockError if it is damaged.
+        KeyError if there is none, CorruptBlockError if it is damaged, OtherFormatError if it is of
+        another version.
         """
         manifest = self.require(name)
         try:
@@ -312,15 +313,15 @@ class SavedContexts:
     def delete(self, name: str) -> None:
         """Forget a context, and the blocks that no other has.
 
-        Where it or another one is damaged, so that it cannot be said which blocks these are, they
-        stay, to be swept once that is repaired. KeyError if there is no such context, ValueError if
-        it is open.
+        Where it or another one is damaged, or of another version, so that it cannot be said which
+        blocks these are, they stay, to be swept once that is mended. KeyError if there is no such
+        context, ValueError if it is open.
         """
-        with contextlib.suppress(CorruptBlockError):
+        with contextlib.suppress(CorruptBlockError, OtherFormatError):
             self.require(name)
         self._require_closed(name)
         doomed = np.empty(0, np.int64)
-        with contextlib.suppress(CorruptBlockError):
+        with contextlib.suppress(CorruptBlockError, OtherFormatError):
             ids = self.ids(name, self.require(name))
             doomed = ids[~np.isin(ids, self.used_ids(but=name))]
         self.forget(name)
@@ -351,8 +352,8 @@ class SavedContexts:
         self._store.put_records({key: None for key in keys if key not in named})
 
     def tidy(self) -> None:
-        """Sweep, unless a damaged context keeps it unknown what is needed."""
-        with contextlib.suppress(CorruptBlockError):
+        """Sweep, unless a context that cannot be read keeps it unknown what is needed."""
+        with contextlib.suppress(CorruptBlockError, OtherFormatError):
             self.sweep()
 
     def _put(self, name: str, manifest: Manifest) -> None:

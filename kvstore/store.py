@@ -97,6 +97,8 @@ class Store:
                 f"cold: {config.cold} bytes hold no block of {spec.nbytes} bytes; give more, "
                 "or None for no disk tier"
             )
+        if config.read_only and config.directory is None:
+            raise ValueError("read_only: there is nothing to read without a directory")
         if config.read_only and config.warm < spec.nbytes:
             raise ValueError(
                 "warm: a store that is only read keeps in it what is new; give it more"
@@ -324,9 +326,10 @@ class Store:
     def verify(self, progress: Callable[[int], None] = lambda blocks: None) -> dict[int, str]:
         """Read every block on disk; return those that are not what was written, and why.
 
-        Tell now and then how many have been read. Takes a few MiB of memory.
+        Tell now and then how many have been read. Takes a few MiB of memory. Blocks only: `check`
+        and `kvstore.verify` look at kept contexts, too.
         """
-        self.flush()
+        self._enter()
         residency = self._mover.residency
         ids = residency.present()
         ids = ids[residency.cold[ids] >= 0]
@@ -381,7 +384,23 @@ class Store:
         return usage
 
     def check(self) -> None:
-        """Raise AssertionError where the store's tables contradict one another."""
+        """Raise where anything is not as it must be.
+
+        AssertionError where the tables contradict one another; CorruptBlockError where something
+        that a directory keeps is not what was written, as `kvstore verify` finds it: reads all of
+        it. OtherFormatError where a context is of another version.
+        """
+        from kvstore.verify import verify
+
+        self.check_tables()
+        if self.config.directory is not None:
+            damaged = verify(self).damaged
+            if damaged:
+                more = f"; and {len(damaged) - 1} faults more" if len(damaged) > 1 else ""
+                raise CorruptBlockError(damaged[0] + more)
+
+    def check_tables(self) -> None:
+        """Raise AssertionError where the tables contradict one another; reads nothing from disk."""
         self._enter()
         writer, prefetch = self._writer, self._prefetch
         check_mover(
@@ -522,12 +541,13 @@ class Store:
 def _open_disk(spec: BlockSpec, config: StoreConfig, stack: ExitStack) -> DiskTier | None:
     if config.cold is None:
         return None
-    directory = config.directory
+    directory, said = config.directory, None
     if directory is None:
         directory = Path(tempfile.mkdtemp(prefix="kvstore-"))
         stack.callback(shutil.rmtree, directory, ignore_errors=True)
     if config.directory is not None and (config.directory / NAME).exists():
         _require_file(config.directory)
+        said = read_spec(config.directory)
     disk = DiskTier(
         directory,
         spec,
@@ -538,6 +558,11 @@ def _open_disk(spec: BlockSpec, config: StoreConfig, stack: ExitStack) -> DiskTi
         read_only=config.read_only,
     )
     stack.callback(disk.close)
+    if said not in (None, spec):  # the file itself has been compared with it
+        raise ValueError(
+            f"{directory / NAME} is of other blocks than the file beside it: remove it, and "
+            f"`kvstore verify {directory} --repair` makes it anew"
+        )
     if config.directory is not None and not config.read_only:
         write_spec(directory, spec)
     return disk

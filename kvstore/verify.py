@@ -46,13 +46,12 @@ class Findings:
 def verify(store: Store, progress: Callable[[int], None] = lambda blocks: None) -> Findings:
     """Read all that a store keeps: frames, records, manifests, the pieces they name, index files.
 
-    Tell now and then how many blocks are read. ValueError if a context is open, one is of another
-    version of the format, which may be whole, or the store is a temporary one.
+    Of a context that is open, what was saved last is looked at; blocks that are still to be written
+    are not. Tell now and then how many blocks are read. OtherFormatError where a context is of
+    another version of the format, and may be whole; ValueError for a temporary store.
     """
     if store.config.directory is None:
         raise ValueError("a temporary store keeps nothing that could be verified")
-    if store.contexts:
-        raise ValueError("a store is verified while no context is open")
     store.kept.require_version()
     lost = store.verify(progress)
     findings = Findings(blocks=len(store), lost_blocks=sorted(lost))
@@ -64,7 +63,7 @@ def verify(store: Store, progress: Callable[[int], None] = lambda blocks: None) 
             except CorruptBlockError as error:
                 findings.damaged.append(str(error))
     present = np.setdiff1d(store.ids(), findings.lost_blocks)
-    used = [np.empty(0, np.int64)]
+    used = [np.empty(0, np.int64), *(each.block_ids() for each in store.contexts.values())]
     for name in store.kept.names():
         findings.contexts += 1
         try:
@@ -82,24 +81,29 @@ def verify(store: Store, progress: Callable[[int], None] = lambda blocks: None) 
 
 
 def repair(store: Store, findings: Findings) -> list[str]:
-    """Put right what was found, as far as that can be done; return in words what was lost."""
+    """Put right what was found, as far as that can be done; return in words what was lost.
+
+    ValueError if a context is open.
+    """
+    if store.contexts:
+        raise ValueError("a store is repaired while no context is open")
     done = []
     for path in findings.graphs:
         _graph_files(store).remove(path)
         done.append(f"{path} was removed: it is built anew when it is needed")
     store.put_records(dict.fromkeys(findings.strange))
     for name, back in findings.broken.items():
-        before = store.kept.manifest(name) if back else None
+        before = None if back is None else store.kept.require(name)
+        length = "" if before is None else f" of {_tokens(store, before):,} tokens"
         store.kept.replace(name, back or None)
         if not back:
-            done.append(f"context {name!r} was removed: none of its saves is whole")
-        elif before is not None and before["counts"] == back["counts"]:
+            done.append(f"context {name!r}{length} was removed: none of its saves is whole")
+        elif before is not None and before["saved"] == back["saved"]:
             lost = len(before["snapshots"]) - len(back["snapshots"])
             done.append(f"context {name!r} is whole, without {lost} damaged snapshots")
         else:
-            size, counts = store.spec.block_size, zip(back["counts"], back["filled"], strict=True)
-            tokens = max(blocks * size + filled for blocks, filled in counts)
-            done.append(f"context {name!r} was cut back to {tokens:,} tokens")
+            left = _tokens(store, back)
+            done.append(f"context {name!r}{length} was cut back to its save at {left:,}")
     store.kept.sweep()
     used = store.kept.used_ids()
     had = np.concatenate([np.empty(0, np.int64), findings.lost_blocks, *findings.their_blocks])
@@ -111,6 +115,12 @@ def repair(store: Store, findings: Findings) -> list[str]:
             f"{len(np.intersect1d(unused, findings.lost_blocks)):,} of them damaged"
         )
     return done
+
+
+def _tokens(store: Store, manifest: Manifest) -> int:
+    """Return how many tokens a save has in its longest stream."""
+    counts = zip(manifest["counts"], manifest["filled"], strict=True)
+    return max(int(blocks * store.spec.block_size + filled) for blocks, filled in counts)
 
 
 def _graph_files(store: Store) -> GraphFiles:

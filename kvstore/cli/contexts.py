@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from kvstore.cli import options
 from kvstore.cli.text_chain import TextChain
 from kvstore.cli.usage import checking_input, words
-from kvstore.errors import CorruptBlockError
+from kvstore.errors import CorruptBlockError, KVStoreError, OtherFormatError
 
 if TYPE_CHECKING:
     from kvstore.saved_contexts import KeptContext
@@ -74,23 +74,29 @@ def main(args: argparse.Namespace) -> int:
                 store.kept.delete(args.name)
             elif args.change == "sweep":
                 swept = store.sweep()
-        found, damaged = [], {}
+        found, damaged, foreign = [], {}, {}
         for name in store.kept.names():
             try:
                 found.append(_as_read(store.kept.describe(name)))
             except CorruptBlockError as error:
                 damaged[name] = str(error)
+            except OtherFormatError as error:
+                foreign[name] = str(error)
     if args.json:
         listed = [asdict(each) for each in found]
-        print(json.dumps({"contexts": listed, "damaged": damaged, "swept_blocks": swept}))
-        return 1 if damaged and args.change is None else 0
+        unread = {"damaged": damaged, "other_format": foreign}
+        print(json.dumps({"contexts": listed, **unread, "swept_blocks": swept}))
+        return 1 if (damaged or foreign) and args.change is None else 0
     if swept is not None:
         print(f"{swept:,} blocks that no context had were removed")
     if args.change is None:
-        if found or not damaged:
+        if found or not (damaged or foreign):
             _show(found)
+        said = "; ".join((*damaged.values(), *foreign.values()))
         if damaged:
-            raise CorruptBlockError("; ".join(damaged.values()))
+            raise CorruptBlockError(said)
+        if foreign:
+            raise KVStoreError(said)
     return 0
 
 
@@ -137,7 +143,7 @@ def _show(found: list[KeptContext]) -> None:
     for each in found:
         asked = each.info.get("asked")
         cells = (
-            each.name,
+            "".join(c if c.isprintable() else "\ufffd" for c in each.name),
             Path(str(each.info.get("model", "-"))).name,
             f"{each.tokens:,}",
             f"{each.blocks:,}",

@@ -21,7 +21,7 @@ from kvstore.cli.memory import PeakMemory
 from kvstore.cli.report import Index, Report, Tier
 from kvstore.cli.text_chain import TextChain, TextDigests
 from kvstore.cli.usage import checking_input
-from kvstore.errors import CorruptBlockError
+from kvstore.errors import CorruptBlockError, OtherFormatError
 from kvstore.saved_contexts import SavedContexts
 from kvstore.tiers.spec_file import read_spec
 from model import checkpoint
@@ -30,8 +30,8 @@ from model.generate import Sampling, generate, prefill
 from model.stream import Stream
 
 SNAPSHOT = 2**16
-"""Tokens after which a kept context is saved while it is read: what an interruption or damage may
-cost. At first it is saved after 4,096 of them, and whenever it has doubled."""
+"""Tokens after which a kept context is saved while it is read, at most: what an interruption or
+damage may cost. It is saved whenever an eighth more is read, and at least 4,096 tokens."""
 
 
 class Session:
@@ -77,7 +77,7 @@ class Session:
     def read(self, text: bytes, progress: Callable[[int], None] = lambda tokens: None) -> None:
         """Read a text, or go on with one that the context begins; tell how much of it is read.
 
-        A kept context is saved every so many tokens, and at the end.
+        A kept context is saved every so many tokens, and at the end; each save can be gone back to.
         """
         began = time.perf_counter()
         self._reused_tokens = saved = self._stream.position
@@ -86,7 +86,8 @@ class Session:
 
         def note(tokens: int) -> None:
             nonlocal kept_to
-            if self._kept and tokens - kept_to >= min(SNAPSHOT, max(2**12, saved + kept_to)):
+            step = min(SNAPSHOT, max(2**12, (saved + kept_to) // 8))
+            if self._kept and tokens - kept_to >= step:
                 self._save(text[kept_to:tokens], snapshot=True)
                 kept_to = tokens
             progress(saved + tokens)
@@ -94,7 +95,7 @@ class Session:
         if text:
             prefill(self._stream, text, note)
         if self._kept:
-            self._save(text[kept_to:])
+            self._save(text[kept_to:], snapshot=kept_to < len(text))
         self._prefill_seconds += time.perf_counter() - began
         self._read_tokens += len(text)
 
@@ -183,6 +184,7 @@ def begin(args: argparse.Namespace, stack: ExitStack, text: bytes = b"") -> Sess
             "model": checkpoint.full_name(args.model),
             "retrieval": asdict(retrieval),
             "index": config.index.kind,
+            "precision": config.precision,
         }
         chain = _read_before(store.kept, name, text, fingerprint, made, args.reuse)
     context = store.context(
@@ -210,13 +212,16 @@ def _read_before(
     for each in kept.names():
         try:
             manifest = kept.require(each)
-        except CorruptBlockError:
+        except (CorruptBlockError, OtherFormatError):
             if each == name:
                 raise
             continue  # what another one has read cannot be had
         info = manifest["info"]
         by_us = manifest["fingerprint"] == fingerprint and "text" in info
-        alike = by_us and all(info.get(key) == made[key] for key in ("retrieval", "index"))
+        alike = by_us and all(
+            {"precision": "exact", **info}.get(key) == made[key]
+            for key in ("retrieval", "index", "precision")
+        )
         if each == name:
             reason = "has read another text"
             if not reuse:
@@ -224,7 +229,7 @@ def _read_before(
             elif not by_us:
                 reason = f"was read by another model ({info.get('model', 'of another program')})"
             elif not alike:
-                reason = "was read with another --top-k or --index"
+                reason = "was read with another --top-k, --index or --precision"
             elif digests.begin_with(chain := TextChain.from_json(info["text"])):
                 return chain
             raise ValueError(
@@ -241,6 +246,7 @@ def _read_before(
                 longest, source, at = chain, each, snapshot
     if longest.tokens:
         kept.fork(source, name, at)
+        kept.note(name, asked=None)
     return longest
 
 

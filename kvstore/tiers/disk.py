@@ -75,6 +75,7 @@ _RECLAIMED_PAGES = 16  # copied in one transaction
 _RETRIED_PACK_BYTES = (_PACK_BYTES, _PACK_BYTES, _PACK_BYTES // 4, 1)
 _READ_PATIENCE_SECONDS = 2.0
 _ADOPTED = 64  # values, in one transaction
+_MOST_READERS = 126  # who have the file open; 64 bytes each in lock.mdb, which is two pages then
 _TRIES = 100  # to look at a tree between two commits of another process
 
 _DAMAGES = (lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.InvalidError, lmdb.PanicError)
@@ -435,6 +436,7 @@ class DiskTier:
                 str(self.directory),
                 map_size=self._map_pages * self._page,
                 max_dbs=len(_TABLES),
+                max_readers=_MOST_READERS,
                 mode=stat.S_IRUSR | stat.S_IWUSR,
                 # Without metasync the page that says where the tree begins is on the disk before
                 # the next change ends, not before this one returns.
@@ -445,12 +447,17 @@ class DiskTier:
             )
         except (lmdb.InvalidError, lmdb.CorruptedError, lmdb.VersionMismatchError) as error:
             raise self._damaged(error) from None
+        except lmdb.ReadersFullError:
+            raise ValueError(
+                f"the store in {self.directory} has as many readers as it takes ({_MOST_READERS:,})"
+            ) from None
         except (lmdb.Error, OSError) as error:
             raise ValueError(f"cannot open a store in {self.directory}: {error}") from None
         try:
+            # Those of killed processes go. Everybody sees to it, so that they never fill the table.
+            self._env.reader_check()
             if not self._read_only:
                 self._fill_short_file(path)
-                self._env.reader_check()  # those of processes that were killed
             if self._read_only:
                 self._view = self._whole_view(path)
                 self._open_tables(self._view)

@@ -12,6 +12,18 @@ import os
 import stat
 from pathlib import Path
 
+_held: set[int] = set()
+"""What this process has locked: a forked child has a copy of each handle, with which it would keep
+a store locked whose process was killed."""
+
+
+def _let_go_in_child() -> None:
+    while _held:
+        os.close(_held.pop())
+
+
+os.register_at_fork(after_in_child=_let_go_in_child)
+
 
 def hold(directory: Path) -> int:
     """Make the directory, for its owner alone, and lock it against other processes.
@@ -36,6 +48,7 @@ def hold(directory: Path) -> int:
     except BaseException:
         os.close(handle)
         raise
+    _held.add(handle)
     return handle
 
 
@@ -56,7 +69,9 @@ def _owner(directory: Path) -> str:
 
 
 def let_go(handle: int) -> None:
-    """Unlock the directory."""
-    # Unlocked, not only closed: a forked child may hold the lock too.
-    fcntl.flock(handle, fcntl.LOCK_UN)
-    os.close(handle)
+    """Unlock the directory; in a forked child nothing is held."""
+    if handle in _held:
+        _held.remove(handle)
+        # Unlocked, not only closed: a child that Python did not fork may hold the lock too.
+        fcntl.flock(handle, fcntl.LOCK_UN)
+        os.close(handle)

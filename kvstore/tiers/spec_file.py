@@ -15,10 +15,12 @@ import torch
 import xxhash
 
 from kvstore.block import BlockSpec, Plane
-from kvstore.errors import CorruptStoreError
+from kvstore.errors import CorruptStoreError, OtherFormatError
 
 FORMAT = 1
 NAME = "spec.json"
+
+_LONGEST = 2**20  # bytes; of a file that comes from anywhere
 
 _SHORT = re.compile(r"(.+):(\w+)\[([\d,]+)\]")
 
@@ -53,7 +55,8 @@ def read_spec(directory: Path) -> BlockSpec:
     """Read it back. ValueError where there is no store, CorruptStoreError where it is damaged."""
     path = directory / NAME
     try:
-        checksum, text = path.read_text().splitlines()
+        with path.open(encoding="utf-8") as file:
+            checksum, text = file.read(_LONGEST).splitlines()
     except OSError as error:
         if isinstance(error, FileNotFoundError) and (directory / "data.mdb").exists():
             raise CorruptStoreError(f"{path} is missing") from None
@@ -74,7 +77,10 @@ def read_spec(directory: Path) -> BlockSpec:
             )
     except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise CorruptStoreError(f"{path} makes no sense: {error}") from None
-    raise ValueError(f"{path} is of format {version}, this program reads {FORMAT}")
+    raise OtherFormatError(
+        f"{path} is of format {version}, this program reads {FORMAT}: use another directory, or "
+        "the version that wrote it"
+    )
 
 
 def described(planes: str) -> BlockSpec:

@@ -6,6 +6,7 @@ import io
 import json
 import mmap
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import torch
 
 from kvstore.cli import session
 from kvstore.cli.text_chain import PAGE, TextChain, TextDigests
+from kvstore.tiers import spec_file
 from kvstore.tiers.tree import readable
 from model import checkpoint
 from model.families import family_of
@@ -146,12 +148,14 @@ def test_an_interrupted_run_goes_on(
 
 
 def test_a_longer_text_begins_where_another_context_ends(
-    kvstore: Kvstore, keep: Kvstore, book: Path, store: Path, tmp_path: Path
+    kvstore: Kvstore, keep: Kvstore, ask: Kvstore, book: Path, store: Path, tmp_path: Path
 ) -> None:
     keep("a")
+    ask("a")
     longer = tmp_path / "longer"
     longer.write_bytes(book.read_bytes() + b"More of it. " * 300)
     reused = keep("b", *ASKED, "--json", text=longer).figures
+    assert listed(kvstore, store)["b"]["info"]["asked"] is None  # unlike the one it began with
     assert reused["reused_tokens"] == 10_010
     assert reused["tokens"] == 13_610
     before = listed(kvstore, store)
@@ -163,9 +167,11 @@ def test_a_longer_text_begins_where_another_context_ends(
     assert "'c' is kept already" in refused.err
     otherwise = keep("d", *ASKED, "--json", "--top-k", 3, text=longer).figures
     assert otherwise["reused_tokens"] == 0
+    rounded = keep("e", "--json", "--precision", "int4", text=longer).figures
+    assert rounded["reused_tokens"] == 0
     refused = keep("a", "--top-k", 3, text=longer)
     assert refused.code == 2
-    assert "'a' was read with another --top-k or --index" in refused.err
+    assert "'a' was read with another --top-k, --index or --precision" in refused.err
 
 
 def test_a_text_that_parts_ways_begins_at_a_snapshot(
@@ -193,7 +199,68 @@ def test_snapshots_are_dense_at_the_beginning(
     for cut in (4000, 5000, 8191, 8192, 16_000, 17_000, 29_999):
         other.write_bytes(book.read_bytes()[:cut] + b"\0another end")
         reused.append(keep(str(cut), "--json", text=other).figures["reused_tokens"])
-    assert reused == [0, 4096, 4096, 8192, 8192, 16_384, 24_576]
+    assert reused == [0, 4096, 4096, 8192, 12_288, 16_384, 28_672]
+
+
+def test_a_context_of_another_version_stands_in_nobodys_way(
+    kvstore: Kvstore, keep: Kvstore, store: Path
+) -> None:
+    from kvstore import Store, StoreConfig
+
+    keep("a")
+    with Store.open(store, StoreConfig(cold="64MiB", device="cpu")) as opened:
+        manifest = json.loads(opened.get_record(b"context/a") or b"")
+        opened.put_record(b"context/b\x1b", None)
+        opened.put_record(b"context/a", json.dumps(manifest | {"format": 9}).encode())
+    assert keep("b\x1b[7m").code == 0
+    ran = kvstore("contexts", store)
+    assert ran.code == 1
+    assert "10,0" in ran.out
+    assert "\x1b" not in ran.out
+    (line,) = ran.err.splitlines()
+    assert "'a' was saved in format 9" in line
+    figures = kvstore("contexts", store, "--json").figures
+    assert list(figures["other_format"]) == ["a"]
+    for command in ("ask", "verify"):
+        refused = kvstore(command, store, *(["a", *ASKED] if command == "ask" else []))
+        assert (refused.code, len(refused.err.splitlines())) == (2, 1)
+    assert keep("a").code == 2
+    assert kvstore("contexts", store, "rm", "a").code == 0
+    assert kvstore("contexts", store).code == 0
+    assert kvstore("verify", store).code == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"format": 2}, "is of format 2, this program reads 1: use another directory"),
+        ({"planes": []}, "is damaged|makes no sense"),
+        (
+            {"planes": [{"name": "k", "shape": [8, 8], "dtype": "float32"}]},
+            "is of other blocks than the file",
+        ),
+    ],
+)
+def test_a_specification_that_is_not_this_stores(
+    keep: Kvstore, store: Path, change: dict[str, Any], says: str
+) -> None:
+    keep("a")
+    path = store / "spec.json"
+    text = json.dumps(json.loads(path.read_text().splitlines()[1]) | change)
+    path.write_text(f"{spec_file._checksum(text)}\n{text}\n")
+    before = (store / "data.mdb").read_bytes()
+    refused = keep("b")
+    assert refused.code in (1, 2)
+    (line,) = refused.err.splitlines()
+    assert re.search(says, line)
+    assert (store / "data.mdb").read_bytes() == before
+
+
+def test_a_specification_is_not_read_without_bound(keep: Kvstore, store: Path) -> None:
+    keep("a")
+    (store / "spec.json").write_text("0" * 16 + "\n" + " " * 2**22)
+    refused = keep("b")
+    assert (refused.code, len(refused.err.splitlines())) == (1, 1)
 
 
 def listed(kvstore: Kvstore, store: Path) -> dict[str, Any]:
@@ -267,7 +334,8 @@ def test_damage_is_found_and_mended(
     ]
     ran = kvstore("verify", store, "--repair")
     assert ran.code == 0
-    assert "context 'a' was cut back to 8,192 tokens" in ran.out
+    stored = {1: 9984}.get(streams_of(weights), 10_010)  # a model may have the rest in its state
+    assert f"context 'a' of {stored:,} tokens was cut back to its save at 8,192" in ran.out
     assert kvstore("verify", store, "--json").figures["damaged"] == []
     assert ask("a").figures["tokens"] == 8192
     assert ask("b").figures["answer"] == answer

@@ -35,6 +35,7 @@ from kvstore.errors import (
     StoreFullError,
     WriteFailedError,
 )
+from kvstore.tiers import disk
 from kvstore.tiers.disk import DiskTier, newest_first
 from kvstore.tiers.tree import readable
 
@@ -777,6 +778,58 @@ def test_a_child_that_lives_on_does_not_keep_the_store(directory):
     os.close(begin)
     os.close(end)
     os.waitpid(child, 0)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_killed_writers_child_does_not_keep_the_store(directory):
+    end, begin = os.pipe()
+
+    def work():
+        tier = DiskTier(directory, SPEC, CAPACITY)
+        write(tier, range(3))
+        if os.fork() == 0:
+            os.close(begin)
+            os.read(end, 1)
+            os._exit(0)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    assert in_child(work) == -signal.SIGKILL
+    DiskTier(directory, SPEC, CAPACITY).close()
+    os.close(begin)
+    os.close(end)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_killed_readers_leave_room_for_others(directory):
+    def work():
+        DiskTier(directory, SPEC, CAPACITY, read_only=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    tier = DiskTier(directory, SPEC, CAPACITY)
+    write(tier, range(3))
+    tier.close()
+    end, begin = os.pipe()
+    living = os.fork()  # while anybody has the file open, LMDB's table of readers is as it was
+    if living == 0:
+        os.close(begin)
+        DiskTier(directory, SPEC, CAPACITY, read_only=True)
+        os.read(end, 1)
+        os._exit(0)
+    for _ in range(140):  # more than the table has rows
+        assert in_child(work) == -signal.SIGKILL
+    DiskTier(directory, SPEC, CAPACITY).close()
+    os.close(begin)
+    os.close(end)
+    os.waitpid(living, 0)
+
+
+def test_more_readers_than_there_is_room_for(tier, directory, monkeypatch):
+    def full(*_: object, **__: object) -> None:
+        raise lmdb.ReadersFullError
+
+    monkeypatch.setattr(disk.lmdb, "open", full)
+    with pytest.raises(ValueError, match="has as many readers as it takes"):
+        DiskTier(directory, SPEC, CAPACITY, read_only=True)
 
 
 def test_records_with_bad_keys_are_refused(tier):

@@ -17,7 +17,12 @@ from twin import LANDMARK, SIZE, SPEC, Twin, marks_of, open_store, past, reopene
 
 from kvstore import saved_contexts
 from kvstore.config import IndexConfig, StoreConfig
-from kvstore.errors import CorruptBlockError, StoreClosedError, StoreFullError
+from kvstore.errors import (
+    CorruptBlockError,
+    OtherFormatError,
+    StoreClosedError,
+    StoreFullError,
+)
 from kvstore.store import Store
 from kvstore.verify import verify
 
@@ -59,6 +64,30 @@ def test_another_makers_blocks_are_refused(make_store, tmp_path):
     with pytest.raises(ValueError, match="'x' was kept with fingerprint mine, not yours"):
         store.context("x", fingerprint="yours")
     assert store.context("x", fingerprint="mine").fork().fingerprint == "mine"
+
+
+def test_one_of_another_version_stands_in_nobodys_way(make_store, tmp_path):
+    """It cannot be read, but the others can be changed, and it can be removed."""
+    store = make_store(tmp_path)
+    for name in "abc":
+        keep(store, name, 20).context.close()
+    manifest = json.loads(store.get_record(b"context/a"))
+    store.put_record(b"context/a", json.dumps(manifest | {"format": 9}).encode())
+    for look in (store.kept.describe, store.kept.require, store.context):
+        with pytest.raises(OtherFormatError, match=r"'a' was saved in format 9.*: remove it"):
+            look("a")
+    with pytest.raises(OtherFormatError):
+        store.check()
+    store.kept.fork("b", "d")
+    store.kept.rename("b", "e")
+    store.kept.delete("c")
+    keep(store, "f", 10).context.close()
+    assert store.kept.names() == ["a", "d", "e", "f"]
+    with pytest.raises(OtherFormatError):
+        store.sweep()  # which blocks it has is not known
+    store.kept.delete("a")
+    assert store.sweep() == 2 * 2 * (20 // SIZE)  # those of a, and of c, removed beside it
+    store.check()
 
 
 @pytest.mark.parametrize("first_to_go", ["a", "b"])
@@ -551,7 +580,9 @@ def test_a_store_that_is_only_read_changes_nothing(make_store, tmp_path):
         fork.check()
     assert (tmp_path / "data.mdb").read_bytes() == before
     with pytest.raises(ValueError, match="nothing to read without a directory"):
-        StoreConfig(read_only=True)
+        Store(SPEC, StoreConfig(read_only=True, device="cpu"))
+    with Store.open(tmp_path, StoreConfig(read_only=True, device="cpu")) as reader:
+        assert reader.kept.names() == ["a"]
     with pytest.raises(ValueError, match="warm: a store that is only read"):
         Store.open(tmp_path, replace(config, warm=1))
     with pytest.raises(ValueError, match="nowhere"):

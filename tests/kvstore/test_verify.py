@@ -70,8 +70,11 @@ def test_a_whole_store_has_nothing_to_report(kept):
     assert found.contexts == 3
     assert found.blocks == len(store) == seen[-1]
     assert repair(store, found) == []
-    with store.context("apart"), pytest.raises(ValueError, match="no context is open"):
-        verify(store)
+    with store.context("apart"):
+        while_open = verify(store)
+        assert (while_open.damaged, while_open.unreferenced) == ([], 0)
+        with pytest.raises(ValueError, match="no context is open"):
+            repair(store, while_open)
 
 
 def damage_block(store, make_store, block: int):
@@ -128,12 +131,30 @@ def test_a_damaged_rest_and_a_lost_piece(kept):
     assert {name: bool(back) for name, back in found.broken.items()} == {"main": True, "fork": True}
     assert any("lacks its piece" in words for words in found.damaged)
     words = repair(store, found)
-    assert "context 'main' was cut back to 123 tokens" in words
+    assert "context 'main' of 129 tokens was cut back to its save at 123" in words
     assert "context 'fork' is whole, without 1 damaged snapshots" in words
     assert verify(store).damaged == []
     same(store, "main", pasts["main 123"])
     same(store, "fork", pasts["fork"])  # of it only a snapshot was damaged
     assert store.kept.describe("fork").snapshots == 2
+
+
+def test_check_finds_what_verify_finds(kept, make_store):
+    store, _ = kept
+    store.check()
+    with store.context("fork") as context, context.fork() as throwaway:
+        Twin(throwaway).append([0, 1], 3 * SIZE, 8)
+        store.check()
+    block = int(store.kept.ids("x", store.kept.require("main"))[3])
+    store = damage_block(store, make_store, block)
+    store.check_tables()
+    with pytest.raises(CorruptBlockError, match="is damaged on disk"):
+        store.check()
+    repair(store, verify(store))
+    store.check()
+    store.put_record(b"context/apart", b"{}")
+    with pytest.raises(CorruptBlockError, match="'apart': its manifest makes no sense"):
+        store.check()
 
 
 def test_an_unreadable_manifest_goes_and_others_stay(kept):

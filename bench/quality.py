@@ -1,8 +1,8 @@
 """Bits a byte of several models side by side: the same bytes behind longer and longer contexts.
 
 The --score bytes at each of --excerpts places in the text are scored as an answer is written, by
-every model behind the same context, which was read by the model's own search; with --controls also
-by what its family has in place of a search. The differences are to the first model, paired by
+every model behind the same context, which was read by the model's own search; of --controls also by
+what its family has in place of a search. The differences are to the first model, paired by
 excerpt. Excerpts that begin within a sixteenth of the context share a reading, so that the later
 ones' contexts are longer by as much.
 
@@ -125,8 +125,9 @@ def main() -> int:
     )
     parser.add_argument("--models", nargs="+", required=True, help="shipped names or checkpoints")
     parser.add_argument(
-        "--controls", action="store_true", help="score what stands for a search, too"
-    )
+        "--controls", nargs="+", default=[], metavar="MODEL",
+        help="models of which what stands for a search is scored, too",
+    )  # fmt: skip
     parser.add_argument("--corpus", type=Path, required=True)
     parser.add_argument("--text", default="great_expectations", help="the text's name")
     parser.add_argument("--lengths", type=int, nargs="+", default=list(LENGTHS))
@@ -146,7 +147,9 @@ def main() -> int:
         for length in a.lengths:
             if not a.score <= length <= room:
                 raise ValueError(f"length {length} must be between {a.score} and {room}")
-        ways = {name: ways_of(name, a.controls) for name in a.models}
+        if others := set(a.controls) - set(a.models):
+            raise ValueError(f"--controls: {min(others)} is not among --models")
+        ways = {name: ways_of(name, name in a.controls) for name in a.models}
     except (ValueError, OSError) as error:
         parser.error(str(error))
     places = np.linspace(max(a.lengths), room, a.excerpts).astype(int).tolist()

@@ -113,6 +113,8 @@ def test_what_is_appended_is_read_with_the_rest(
     refused = keep("a", text=longer)
     assert refused.code == 2
     assert "has read another text" in refused.err
+    # The end of the reading can be gone back to.
+    assert keep("b", "--json").figures["reused_tokens"] == 10_010
 
 
 def test_an_interrupted_run_goes_on(

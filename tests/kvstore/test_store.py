@@ -555,14 +555,14 @@ def test_a_damaged_block_is_named_and_the_others_are_read(tmp_path):
         for _ in range(2):
             with pytest.raises(CorruptBlockError, match=f"block {bad} "):
                 store.fetch(ids[2:5])
-            store.check()
+            store.check_tables()
             store.prefetch(ids[2:5])
             for job in list(store._prefetch._jobs):
                 job.wait()
             with pytest.raises(CorruptBlockError, match=f"block {bad} "):
                 store.fetch(ids[2:5])
             assert same(store.fetch(ids[5:]), [plane[5:] for plane in random_planes(40)])
-            store.check()
+            store.check_tables()
 
 
 def test_bits_flipped_in_the_file_are_found(tmp_path):
@@ -580,7 +580,7 @@ def test_bits_flipped_in_the_file_are_found(tmp_path):
         for block in ids:
             with pytest.raises(CorruptBlockError, match=f"block {block} "):
                 store.fetch(ids[block : block + 1])
-        store.check()
+        store.check_tables()
 
 
 def first_of(arg):

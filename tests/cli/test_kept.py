@@ -258,11 +258,14 @@ def test_a_specification_that_is_not_this_stores(
     assert (store / "data.mdb").read_bytes() == before
 
 
-def test_a_specification_is_not_read_without_bound(keep: Kvstore, store: Path) -> None:
+def test_a_specification_is_not_read_without_bound(
+    keep: Kvstore, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     keep("a")
-    (store / "spec.json").write_text("0" * 16 + "\n" + " " * 2**22)
+    monkeypatch.setattr(spec_file, "_LONGEST", 30)
     refused = keep("b")
     assert (refused.code, len(refused.err.splitlines())) == (1, 1)
+    assert "spec.json is damaged" in refused.err
 
 
 def listed(kvstore: Kvstore, store: Path) -> dict[str, Any]:

@@ -802,19 +802,26 @@ def test_a_killed_writers_child_does_not_keep_the_store(directory):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_killed_readers_leave_room_for_others(directory):
     def work():
-        DiskTier(directory, SPEC, CAPACITY, read_only=True)
+        held = DiskTier(directory, SPEC, CAPACITY, read_only=True)
         os.kill(os.getpid(), signal.SIGKILL)
+        held.close()
 
     tier = DiskTier(directory, SPEC, CAPACITY)
     write(tier, range(3))
     tier.close()
     end, begin = os.pipe()
+    opened, open_now = os.pipe()
     living = os.fork()  # while anybody has the file open, LMDB's table of readers is as it was
     if living == 0:
         os.close(begin)
-        DiskTier(directory, SPEC, CAPACITY, read_only=True)
+        held = DiskTier(directory, SPEC, CAPACITY, read_only=True)
+        os.write(open_now, b"1")
         os.read(end, 1)
+        held.close()
         os._exit(0)
+    os.close(open_now)
+    assert os.read(opened, 1) == b"1"
+    os.close(opened)
     for _ in range(140):  # more than the table has rows
         assert in_child(work) == -signal.SIGKILL
     DiskTier(directory, SPEC, CAPACITY).close()

@@ -70,7 +70,8 @@ def test_a_whole_store_has_nothing_to_report(kept):
     assert found.contexts == 3
     assert found.blocks == len(store) == seen[-1]
     assert repair(store, found) == []
-    with store.context("apart"):
+    with store.context("apart") as context:
+        Twin(context).append([0], 3 * SIZE, 6)  # not saved yet
         while_open = verify(store)
         assert (while_open.damaged, while_open.unreferenced) == ([], 0)
         with pytest.raises(ValueError, match="no context is open"):

@@ -59,9 +59,7 @@ def salvage(
         with Store(spec, config) as store:
             told += repair(store, verify(store, progress))
             names = ", ".join(map(repr, store.kept.names()))
-            told.append(
-                f"contexts that could be read: {names or 'none'}; of others not even the name"
-            )
+            told.append(f"contexts that are left: {names or 'none'}; there may have been others")
         with contextlib.suppress(OSError):  # where there are no hard links
             (directory / DAMAGED).unlink(missing_ok=True)
             os.link(directory / "data.mdb", directory / DAMAGED)

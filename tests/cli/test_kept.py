@@ -6,7 +6,6 @@ import io
 import json
 import mmap
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -212,12 +211,11 @@ def test_a_context_of_another_version_stands_in_nobodys_way(
     keep("a")
     with Store.open(store, StoreConfig(cold="64MiB", device="cpu")) as opened:
         manifest = json.loads(opened.get_record(b"context/a") or b"")
-        opened.put_record(b"context/b\x1b", None)
         opened.put_record(b"context/a", json.dumps(manifest | {"format": 9}).encode())
     assert keep("b\x1b[7m").code == 0
     ran = kvstore("contexts", store)
     assert ran.code == 1
-    assert "10,0" in ran.out
+    assert "10,010" in ran.out
     assert "\x1b" not in ran.out
     (line,) = ran.err.splitlines()
     assert "'a' was saved in format 9" in line
@@ -233,18 +231,19 @@ def test_a_context_of_another_version_stands_in_nobodys_way(
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "code", "says"),
     [
-        ({"format": 2}, "is of format 2, this program reads 1: use another directory"),
-        ({"planes": []}, "is damaged|makes no sense"),
+        ({"format": 2}, 2, "is of format 2, this program reads 1: use another directory"),
+        ({"planes": []}, 1, "makes no sense"),
         (
             {"planes": [{"name": "k", "shape": [8, 8], "dtype": "float32"}]},
+            2,
             "is of other blocks than the file",
         ),
     ],
 )
 def test_a_specification_that_is_not_this_stores(
-    keep: Kvstore, store: Path, change: dict[str, Any], says: str
+    keep: Kvstore, store: Path, change: dict[str, Any], code: int, says: str
 ) -> None:
     keep("a")
     path = store / "spec.json"
@@ -252,9 +251,9 @@ def test_a_specification_that_is_not_this_stores(
     path.write_text(f"{spec_file._checksum(text)}\n{text}\n")
     before = (store / "data.mdb").read_bytes()
     refused = keep("b")
-    assert refused.code in (1, 2)
+    assert refused.code == code
     (line,) = refused.err.splitlines()
-    assert re.search(says, line)
+    assert says in line
     assert (store / "data.mdb").read_bytes() == before
 
 

@@ -90,6 +90,8 @@ def test_what_is_under_other_pages_is_saved(kept, make_store):
         with make_store(directory) as store:
             assert verify(store).damaged == []
             names = store.kept.names()
+            left = ", ".join(map(repr, names)) or "none"
+            assert f"contexts that are left: {left}; there may have been others" in told
             all_kept += len(names) == len(pasts)
             assert all(held(store, name, pasts) for name in names)
             store.sweep()  # blocks of contexts that were lost

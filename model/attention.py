@@ -119,19 +119,26 @@ def weighed_attention(
     keys: Tensor,  # [Q * H, k * S, D]
     values: Tensor,  # [Q * H, k * S, D]
     weights: Tensor,  # [Q, k]
+    together: bool = False,
 ) -> Tensor:  # [Q, H, R, D]
-    """Attend to k chunks, in each by a softmax with one more place that says nothing.
+    """Attend to k chunks by a softmax with one more place that says nothing (softmax-plus-one).
 
-    out = sum_b w_b sum_j e^s_bj / (1 + sum_i e^s_bi) v_bj (softmax-plus-one), the weights w the
-    same for all heads and layers of a group.
+    In each chunk: out = sum_b w_b sum_j e^s_bj / (1 + sum_i e^s_bi) v_bj, as published; the weights
+    w are the same for all heads and layers of a group. together: in all of them at once,
+    out = sum_b w_b sum_j e^s_bj v_bj / (1 + sum_c w_c sum_i e^s_ci): what is said in one chunk
+    takes from what the others say.
     """
     segments, heads, rows, dim = q.shape
     count = weights.shape[-1]
     scores = q.reshape(-1, rows, dim) @ keys.transpose(-1, -2)  # [Q * H, R, k * S]
     scores = wide(scores.unflatten(-1, (count, -1)))
-    top = scores.detach().amax(dim=-1, keepdim=True).clamp(min=0.0)
-    shares = (scores - top).exp()
-    shares = shares / (shares.sum(dim=-1, keepdim=True) + (-top).exp())
     weight = weights[:, None].expand(-1, heads, -1).reshape(-1, 1, count, 1)
-    out = (shares * weight).flatten(-2).to(values.dtype) @ values
+    of = (-2, -1) if together else -1
+    top = scores.detach().amax(dim=of, keepdim=True).clamp(min=0.0)
+    shares = (scores - top).exp()
+    if together:
+        shares = shares * weight
+    total = shares.sum(dim=of, keepdim=True) + (-top).exp()
+    shares = shares / total if together else shares / total * weight
+    out = shares.flatten(-2).to(values.dtype) @ values
     return out.view(segments, heads, rows, dim)

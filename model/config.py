@@ -104,6 +104,9 @@ class GCAConfig:
     top_k: chunks that each group finds; 0: none, the window is all there is.
     segment: tokens that use what the first of them finds while a text is read; divides block_size;
     0: a chunk uses what the landmark before it finds.
+    lag: how many places of a chunk lie between a key and its value; 0: none, as published; 1: what
+    is looked for is what came right before.
+    softmax: "chunk": over the tokens of each chunk found, as published; "found": of them all.
     """
 
     family: str = "gca"
@@ -123,19 +126,25 @@ class GCAConfig:
     landmark_dim: int = 64
     top_k: int = 8
     segment: int = 16
+    lag: int = 0
+    softmax: str = "chunk"
 
     def __post_init__(self) -> None:
         if self.family != "gca":
             raise ValueError(f"model family {self.family!r} is not 'gca'")
         object.__setattr__(self, "grams", _gram_sizes(self.grams))
         for name, value in asdict(self).items():
-            least = 0 if name in ("segment", "lower", "top_k") else 1
-            if name not in ("family", "rope_base", "grams") and value < least:
+            least = 0 if name in ("segment", "lower", "top_k", "lag") else 1
+            if name not in ("family", "rope_base", "grams", "softmax") and value < least:
                 raise ValueError(f"{name} must be at least {least}, not {value}")
         if self.width % self.heads or (self.width // self.heads) % 2:
             raise ValueError(
                 f"width {self.width} must be a multiple of twice the heads ({self.heads})"
             )
+        if self.lag >= self.block_size:
+            raise ValueError(f"lag {self.lag} must be below the block size {self.block_size}")
+        if self.softmax not in ("chunk", "found"):
+            raise ValueError(f"softmax is {self.softmax!r}: use 'chunk' or 'found'")
         if self.segment and self.block_size % self.segment:
             raise ValueError(f"segment {self.segment} must divide the block size {self.block_size}")
 

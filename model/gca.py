@@ -68,6 +68,7 @@ class Encoder(nn.Module):
     def __init__(self, config: GCAConfig) -> None:
         super().__init__()
         self.heads = config.heads
+        self.lag = config.lag
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.encoder))
         self.norm = RMSNorm(config.width)
         self.keys_values = nn.Linear(config.width, 2 * config.width, bias=False)
@@ -79,6 +80,8 @@ class Encoder(nn.Module):
             x = layer(x, rotary)
         x = self.norm(x)
         keys, values = self.keys_values(x[..., :-1, :]).chunk(2, dim=-1)
+        if self.lag:  # the first places have a key that every query scores by 0
+            keys = F.pad(keys[..., : -self.lag, :], (0, 0, self.lag, 0))
         return keys, values, self.landmark(x[..., -1, :])
 
 
@@ -187,21 +190,25 @@ class GroupedCrossTransformer(nn.Module):
             layer.attention.qkv.weight[: 2 * width] *= 0.1
             layer.attention.qkv.weight[2 * width :] = turn
             layer.attention.out.weight.copy_(turn.T)
-        looks = torch.randn(reach, config.landmark_dim, width) * width**-0.5
-        about = sum(look @ turns[s] for s, look in enumerate(looks))
-        self.encoder.landmark.weight.copy_(about)
         keys, values = self.encoder.keys_values.weight.view(2, config.heads, dim, width)
-        looks = torch.randn(config.heads, reach - 1, dim, width) * 0.5 * dim**-0.25
+        if config.lag:  # the key is of the place before: alike is what looks alike, strings too
+            about = torch.nn.init.orthogonal_(torch.empty(config.landmark_dim, width))
+            for head in keys:
+                torch.nn.init.orthogonal_(head)
+            queries, sharp = 2.0 * keys, 4.0
+        else:
+            looks = torch.randn(reach, config.landmark_dim, width) * width**-0.5
+            about, sharp = torch.einsum("sdw,swv->dv", looks, torch.stack(turns[:reach])), 1.0
+            looks = torch.randn(config.heads, reach - 1, dim, width) * 0.5 * dim**-0.25
+            keys.copy_(torch.einsum("hsdw,swv->hdv", looks, torch.stack(turns[1:reach])))
+            queries = torch.einsum("hsdw,swv->hdv", looks, torch.stack(turns[: reach - 1]))
+        self.encoder.landmark.weight.copy_(about)
         says = torch.linalg.qr(torch.randn(width, width))[0]
-        for head in range(config.heads):
-            keys[head] = sum(look @ turns[s + 1] for s, look in enumerate(looks[head]))
         values.copy_((says @ turns[0]).view_as(values))
         for group in self.stacks:
-            group.query.weight.copy_(about)
+            group.query.weight.copy_(sharp * about)
             for layer in group.stack:
-                query = layer.cross.query.weight.view(config.heads, dim, width)
-                for head in range(config.heads):
-                    query[head] = sum(look @ turns[s] for s, look in enumerate(looks[head]))
+                layer.cross.query.weight.copy_(queries.flatten(0, 1))
                 layer.cross.out.weight.copy_((says @ turns[reach]).T)
                 # gelu(z) - gelu(-z) = z: half of the MLP lets through what was found.
                 size = min(width, config.mlp_width // 2)
@@ -307,7 +314,11 @@ class GroupedCrossTransformer(nn.Module):
         landmark = q[..., None, -1:, :].expand(*tokens.shape[:-2], 1, -1)
         q = torch.cat((tokens, landmark), dim=-2).permute(0, 2, 3, 1, 4, 5)  # [B, N, G, H, R, D]
         out = weighed_attention(
-            q.reshape(-1, config.heads, rows + 1, config.head_dim), held[0], held[1], weights
+            q.reshape(-1, config.heads, rows + 1, config.head_dim),
+            held[0],
+            held[1],
+            weights,
+            config.softmax == "found",
         )
         out = out.unflatten(0, (*x.shape[:2], -1)).permute(0, 1, 2, 4, 3, 5).flatten(-2)
         out = torch.cat((out[..., :-1, :].flatten(2, 3), out[:, :, -1, -1:]), dim=2)

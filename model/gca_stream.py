@@ -294,7 +294,8 @@ class GCAStream(Stream):
         config: GCAConfig = self.model.config
         q = layer.cross.query(layer.cross_norm(x)) * config.head_dim**-0.5
         q = segments.gather(q).unflatten(-1, (config.heads, -1)).transpose(1, 2)  # [Q, H, R', D]
-        out = weighed_attention(q, held[0].to(q.dtype), held[1].to(q.dtype), weights)
+        keys, values = (plane.to(q.dtype) for plane in held)
+        out = weighed_attention(q, keys, values, weights, config.softmax == "found")
         return layer.cross.out(segments.scatter(out.transpose(1, 2).flatten(-2)))
 
 

@@ -141,6 +141,11 @@ def run_one(weights, text, config, segment, found_of):
             own = [x + mlp(weights, f"{prefix}.mlp", y) for x, y in zip(own, inner, strict=True)]
         own = [norm(x, weights["encoder.norm.gain"]) for x in own]
         pairs = [weights["encoder.keys_values.weight"] @ x for x in own[:-1]]
+        lagged = [torch.zeros_like(pairs[0])] * config.lag + pairs
+        pairs = [
+            torch.cat((key[: config.width], value[config.width :]))
+            for key, value in zip(lagged, pairs, strict=False)
+        ]
         landmark = weights["encoder.landmark.weight"] @ own[-1]
         chunks.append((pairs, landmark))
 
@@ -170,17 +175,23 @@ def run_one(weights, text, config, segment, found_of):
             inner = norm(x, weights[f"{prefix}.cross_norm.gain"])
             q = heads(weights[f"{prefix}.cross.query.weight"] @ inner, config)
             out = torch.zeros(config.heads, config.head_dim, dtype=torch.float64)
-            for chunk, share in zip(taken, shares, strict=True):
-                for head in range(config.heads):
-                    scores = [
-                        q[head] @ heads(pair[: config.width], config)[head] / config.head_dim**0.5
+            for head in range(config.heads):
+                raised = [
+                    [
+                        (q[head] @ heads(pair[: config.width], config)[head])
+                        .div(config.head_dim**0.5)
+                        .exp()
                         for pair in chunks[chunk][0]
                     ]
-                    total = 1 + sum(s.exp() for s in scores)
-                    for s, pair in zip(scores, chunks[chunk][0], strict=True):
+                    for chunk in taken
+                ]
+                every = 1 + sum(s * sum(of) for s, of in zip(shares, raised, strict=True))
+                for chunk, share, of in zip(taken, shares, raised, strict=True):
+                    total = every if config.softmax == "found" else 1 + sum(of)
+                    for e, pair in zip(of, chunks[chunk][0], strict=True):
                         value = heads(pair[config.width :], config)[head]
                         out = out + torch.zeros_like(out).index_put(
-                            (torch.tensor(head),), share * s.exp() / total * value
+                            (torch.tensor(head),), share * e / total * value
                         )
             return weights[f"{prefix}.cross.out.weight"] @ out.flatten()
 
@@ -202,13 +213,23 @@ def best(config):
     return found_of
 
 
+VARIANTS = {
+    "published": CONFIG,
+    "lag": replace(CONFIG, lag=1),
+    "found": replace(CONFIG, softmax="found"),
+    "both": replace(CONFIG, lag=2, softmax="found"),
+}
+
+
+@pytest.mark.parametrize("variant", sorted(VARIANTS))
 @pytest.mark.parametrize("segment", [0, 1, 2, 4])
-def test_the_training_form_is_the_definition(segment):
-    model, text = make(), tokens()
+def test_the_training_form_is_the_definition(segment, variant):
+    config = VARIANTS[variant]
+    model, text = make(config), tokens()
     weights = dict(model.named_parameters())
     out, missed = model(text, segment)
     assert missed == 0  # nothing is meant
-    wanted = torch.stack([run_one(weights, t, CONFIG, segment, best(CONFIG))[0] for t in text])
+    wanted = torch.stack([run_one(weights, t, config, segment, best(config))[0] for t in text])
     assert (out - wanted).abs().max() < 1e-9
 
     probe = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)

@@ -36,7 +36,16 @@ CONFIG = GCAConfig(
     buckets=64,
 )
 WIDER = replace(
-    CONFIG, grams=(), window_blocks=2, encoder=2, lower=2, group_layers=1, groups=3, heads=4
+    CONFIG,
+    grams=(),
+    window_blocks=2,
+    encoder=2,
+    lower=2,
+    group_layers=1,
+    groups=3,
+    heads=4,
+    lag=1,
+    softmax="found",
 )
 SIZE = CONFIG.block_size
 

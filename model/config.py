@@ -101,7 +101,8 @@ class GCAConfig:
     block_size: tokens of a chunk; the landmark token takes one position more.
     window_blocks: how many chunks before its own a place sees directly.
     landmark_dim: size of landmarks and of the queries that find them.
-    top_k: chunks that each group finds; 0: none, the window is all there is.
+    near: recent chunks that are always attended to.
+    top_k: older chunks that each group finds; 0: none.
     segment: tokens that use what the first of them finds while a text is read; divides block_size;
     0: a chunk uses what the landmark before it finds.
     lag: how many places of a chunk lie between a key and its value; 0: none, as published; 1: what
@@ -124,6 +125,7 @@ class GCAConfig:
     buckets: int = 8192
     rope_base: float = 1e4
     landmark_dim: int = 64
+    near: int = 0
     top_k: int = 8
     segment: int = 16
     lag: int = 0
@@ -134,7 +136,7 @@ class GCAConfig:
             raise ValueError(f"model family {self.family!r} is not 'gca'")
         object.__setattr__(self, "grams", _gram_sizes(self.grams))
         for name, value in asdict(self).items():
-            least = 0 if name in ("segment", "lower", "top_k", "lag") else 1
+            least = 0 if name in ("segment", "lower", "near", "top_k", "lag") else 1
             if name not in ("family", "rope_base", "grams", "softmax") and value < least:
                 raise ValueError(f"{name} must be at least {least}, not {value}")
         if self.width % self.heads or (self.width // self.heads) % 2:

@@ -138,10 +138,10 @@ class Group(nn.Module):
 
 
 class Selection:
-    """The chunks that the segments of a batch have found, and their weights.
+    """The chunks that the segments of a batch attend to, the nearest first, and their weights.
 
-    chunks: int64 [Q, k], of all chunks of the batch; weights: [Q, k], the softmax of the scores
-    without noise, 0 where there is none. Q segments of rows: [B, N, G].
+    chunks: int64 [Q, near + k], of all chunks of the batch; weights: [Q, near + k], the softmax of
+    the scores without noise, 0 where there is none. Q segments of rows: [B, N, G].
     """
 
     def __init__(self, chunks: Tensor, weights: Tensor) -> None:
@@ -257,10 +257,10 @@ class GroupedCrossTransformer(nn.Module):
             x = x + layer.mlp(layer.mlp_norm(x))
         keys, values, landmarks = self.encoder(x, self.rotary)
         allowed = _allowed(tokens, foreign, passage, apart)
-        searches = self.config.top_k > 0
+        retrieves = self.config.near + self.config.top_k > 0
         missed = x.new_zeros(())
         for group in self.stacks:
-            if searches:
+            if retrieves:
                 if meant is not None:
                     asked = group.ask(x[:, :, :-1])
                     missed = missed + _missed(asked, landmarks, allowed, meant)
@@ -268,7 +268,7 @@ class GroupedCrossTransformer(nn.Module):
                 held = [_gather(t, found.chunks, self.config.heads) for t in (keys, values)]
             for layer in group.stack:
                 x = x + layer.attention(layer.attention_norm(x), self.rotary)
-                said = self._cross(layer, x, held, found.weights, segment) if searches else 0.0
+                said = self._cross(layer, x, held, found.weights, segment) if retrieves else 0.0
                 x = x + layer.mlp(layer.mlp_norm(x + said))
         return self.head(self.norm(x[..., :-1, :])), missed
 
@@ -284,14 +284,20 @@ class GroupedCrossTransformer(nn.Module):
         before = F.pad(x[:, :-1, -1:], (0, 0, 0, 0, 1, 0))  # the landmark's of the chunk before
         queries = group.ask(x[:, :, :-1:segment] if segment else before)  # [B, N, G, dim]
         scores = wide(queries.flatten(0, 2) @ landmarks.flatten(0, 1).T)  # [Q, M]
-        seen = allowed.repeat_interleave(queries.shape[2], dim=0)
+        nearest = _nearest(len(x), x.shape[1], self.config.near, x.device)
         with torch.no_grad():
             noisy = scores
             if noise:
                 noisy = noisy - torch.empty_like(noisy).exponential_().log()
+            # The nearest are taken anyway; a row more is where those go that are not there.
+            older = F.pad(allowed, (0, 1)).scatter(-1, nearest, value=False)[:, :-1]
+            older = older.repeat_interleave(queries.shape[2], dim=0)
             count = min(self.config.top_k, scores.shape[-1])
-            best, chunks = noisy.masked_fill(~seen, float("-inf")).topk(count, dim=-1)
-        absent = best.isneginf()
+            best, chunks = noisy.masked_fill(~older, float("-inf")).topk(count, dim=-1)
+            nearest = nearest.repeat_interleave(queries.shape[2], dim=0)
+            missing = nearest == scores.shape[-1]
+            chunks = torch.cat((nearest.masked_fill(missing, 0), chunks), dim=-1)
+        absent = torch.cat((missing, best.isneginf()), dim=-1)
         chosen = scores.gather(-1, chunks).masked_fill(absent, float("-inf"))
         # A row without any must not become NaN, nor its gradient.
         chosen = chosen.masked_fill(absent.all(dim=-1, keepdim=True), 0.0)
@@ -323,6 +329,13 @@ class GroupedCrossTransformer(nn.Module):
         out = out.unflatten(0, (*x.shape[:2], -1)).permute(0, 1, 2, 4, 3, 5).flatten(-2)
         out = torch.cat((out[..., :-1, :].flatten(2, 3), out[:, :, -1, -1:]), dim=2)
         return layer.cross.out(out)
+
+
+def _nearest(sequences: int, chunks: int, near: int, device: torch.device) -> Tensor:
+    """The `near` chunks before each, int64 [B * N, near]; where there is none, B * N."""
+    number = torch.arange(sequences * chunks, device=device)[:, None]
+    back = torch.arange(1, near + 1, device=device)
+    return torch.where(number % chunks >= back, number - back, sequences * chunks)
 
 
 def _allowed(

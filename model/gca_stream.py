@@ -36,18 +36,20 @@ AT_ONCE = 256
 class ChunkRetrieval:
     """How the past is searched.
 
-    top_k: chunks that each group of layers finds, 0: none. segment: tokens that use what the first
-    of them finds; 0: a chunk uses what the landmark before it finds, as published. how: "search"
-    finds the best; "recent" takes the nearest and "random" any, as controls.
+    top_k: older chunks that each group of layers finds, 0: none. segment: tokens that use what the
+    first of them finds; 0: a chunk uses what the landmark before it finds, as published. how:
+    "search" finds the best; "recent" takes the nearest and "random" any, as controls. near: recent
+    chunks that are always attended to.
     """
 
     top_k: int
     segment: int
     how: str = "search"
+    near: int = 0
 
     def __post_init__(self) -> None:
-        if self.top_k < 0:
-            raise ValueError(f"top_k must be at least 0, not {self.top_k}")
+        if min(self.top_k, self.near) < 0:
+            raise ValueError(f"top_k and near must be at least 0, not {self.top_k} and {self.near}")
         if self.segment < 0:
             raise ValueError(f"segment must be at least 0, not {self.segment}")
         if self.how not in HOW:
@@ -72,12 +74,13 @@ class GCAStream(Stream):
     @staticmethod
     def retrieval_of(config: GCAConfig, top_k: int | None = None) -> ChunkRetrieval:
         """Return how a model searches, if nobody wants it otherwise."""
-        return ChunkRetrieval(config.top_k if top_k is None else top_k, config.segment)
+        k = config.top_k if top_k is None else top_k
+        return ChunkRetrieval(k, config.segment, near=config.near)
 
     @staticmethod
     def most_blocks(config: GCAConfig, retrieval: ChunkRetrieval) -> int:
         """Return how many blocks one selection has at most."""
-        return retrieval.top_k
+        return retrieval.near + retrieval.top_k
 
     @staticmethod
     def controls(retrieval: ChunkRetrieval) -> dict[str, ChunkRetrieval]:
@@ -245,6 +248,8 @@ class GCAStream(Stream):
         """Find chunks below the limits [Q] for queries [Q, dim]: [Q, k], and their weights."""
         r, index = self.retrieval, self.context.index
         count = len(queries)
+        nearest = limits[:, None] - 1 - torch.arange(r.near, device=self.device)
+        limits = (limits - r.near).clamp(min=0)
         if r.how == "search" and r.top_k:
             most = max(1, min(r.top_k, self.context.sealed(0)))  # there are no more
             chunks = index.search(slice(0, 1), queries[None].float(), most, before=limits)[0][0]
@@ -254,6 +259,7 @@ class GCAStream(Stream):
             generator = torch.Generator().manual_seed(self._read_to << 8 | g)
             drawn = torch.rand(count, r.top_k, generator=generator).to(self.device)
             chunks = torch.where(limits[:, None] > 0, (drawn * limits[:, None]).long(), -1)
+        chunks = torch.cat((nearest, chunks), dim=-1)
         absent = chunks < 0
         if absent.all():
             return chunks.clamp(min=-1), torch.zeros(chunks.shape, device=self.device)

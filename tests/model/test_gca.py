@@ -207,8 +207,9 @@ def run_one(weights, text, config, segment, found_of):
 
 def best(config):
     def found_of(group, place, scores):
-        order = sorted(range(len(scores)), key=lambda c: -float(scores[c].detach()))
-        return order[: config.top_k]
+        older = range(max(0, len(scores) - config.near))
+        order = sorted(older, key=lambda c: -float(scores[c].detach()))
+        return [*range(len(older), len(scores)), *order[: config.top_k]]
 
     return found_of
 
@@ -218,6 +219,8 @@ VARIANTS = {
     "lag": replace(CONFIG, lag=1),
     "found": replace(CONFIG, softmax="found"),
     "both": replace(CONFIG, lag=2, softmax="found"),
+    "near": replace(CONFIG, near=2, top_k=1),
+    "near alone": replace(CONFIG, near=2, top_k=0),
 }
 
 
@@ -290,10 +293,11 @@ def texts(seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("segment", [0, 1, 2])
 @pytest.mark.parametrize("noise", [False, True])
 @pytest.mark.parametrize("foreign", [{}, FOREIGN])
+@pytest.mark.parametrize("near", [0, 2])
 @torch.no_grad()
-def test_what_comes_later_changes_nothing_before(segment, noise, foreign):
+def test_what_comes_later_changes_nothing_before(segment, noise, foreign, near):
     """Neither the rest of a text, nor what follows it in its passage."""
-    model, text = make(), texts()
+    model, text = make(replace(CONFIG, near=near)), texts()
     logits = []
     for change in (False, True):
         changed = text.clone()

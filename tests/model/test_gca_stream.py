@@ -44,6 +44,7 @@ WIDER = replace(
     group_layers=1,
     groups=3,
     heads=4,
+    near=2,
     lag=1,
     softmax="found",
 )
@@ -105,11 +106,15 @@ def scored(stream: GCAStream, text: Tensor, cuts: Sequence[int] = ()) -> Tensor:
 
 
 @pytest.mark.parametrize("segment", [0, 1, 2, 4, 8])
-def test_whole_and_token_by_token_are_the_same(segment: int) -> None:
+@pytest.mark.parametrize("model", [MODEL, OTHER], ids=["published", "other"])
+def test_whole_and_token_by_token_are_the_same(
+    segment: int, model: GroupedCrossTransformer
+) -> None:
     text = text_of(13 * SIZE + 5)
-    wanted = at_once(text, segment)
+    wanted = at_once(text, segment, model)
+    way = replace(GCAStream.retrieval_of(model.config), segment=segment)
     for cuts in ([], range(len(text)), range(0, len(text), SIZE), range(3, len(text), 7)):
-        with opened(ChunkRetrieval(3, segment)) as stream:
+        with opened(way, model=model) as stream:
             got = scored(stream, text, list(cuts))
         assert (got - wanted).abs().max() < 2e-4, (segment, cuts)
     assert wanted.std() > 0.1
@@ -158,7 +163,7 @@ def test_whatever_is_read_and_kept_and_asked_in_between(
     network = (MODEL, OTHER)[model]
     text = text_of(sum(n for n, *_ in pieces))
     wanted = at_once(text, segment, network)
-    way = ChunkRetrieval(3, segment)
+    way = replace(GCAStream.retrieval_of(network.config), segment=segment)
     with tempfile.TemporaryDirectory() as place, ExitStack() as stack:
         stream = stack.enter_context(opened(way, model=network, directory=place))
         at = 0
@@ -211,6 +216,21 @@ def test_controls_take_the_nearest_or_any() -> None:
         assert not torch.equal(*drawn)
         assert all(((d >= 0) & (d < limits[:, None])).all() for d in drawn)
         assert len(drawn[0][3].unique()) > 1
+
+
+@pytest.mark.parametrize("how", ["search", "recent", "random"])
+def test_the_nearest_are_always_among_them_and_once(how: str) -> None:
+    with opened(ChunkRetrieval(3, 4, how, near=2)) as stream:
+        stream.skim(text_of(20 * SIZE))
+        limits = torch.tensor([0, 1, 2, 3, 7, 20])
+        found = stream._find(torch.randn(6, CONFIG.landmark_dim), limits, 0)[0].tolist()
+    for limit, chunks in zip(limits.tolist(), found, strict=True):
+        assert chunks[:2] == [max(-1, limit - 1), max(-1, limit - 2)]
+        others = [chunk for chunk in chunks[2:] if chunk >= 0]
+        assert all(chunk < limit - 2 for chunk in others)
+        if how != "random":  # that may draw one twice
+            assert len(set(others)) == len(others) == min(3, max(0, limit - 2))
+    assert len(found[-1]) == 5
 
 
 def test_decoding_asks_early_for_what_the_last_step_used() -> None:

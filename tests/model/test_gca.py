@@ -369,3 +369,42 @@ def test_the_search_is_trained_through_the_weights_alone():
             assert (gradient is None or not gradient.any()) == cut
         landmark = model.encoder.landmark.weight.grad
         assert (landmark is None or not landmark.any()) == cut
+
+
+@pytest.mark.parametrize(
+    ("sizes", "words"),
+    [
+        ({"lag": 4}, "lag 4 must be below the block size 4"),
+        ({"lag": -1}, "lag must be at least 0, not -1"),
+        ({"near": -1}, "near must be at least 0, not -1"),
+        ({"softmax": "all"}, "softmax is 'all': use 'chunk' or 'found'"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(sizes, words):
+    with pytest.raises(ValueError, match=words):
+        replace(CONFIG, **sizes)
+
+
+@pytest.mark.parametrize("sizes", [{}, {"lag": 1}], ids=["published", "lag"])
+@torch.no_grad()
+def test_a_new_model_looks_up_what_came_next(sizes):
+    """Of a passage said twice, where the second one is the attention is on the first one's next."""
+    torch.manual_seed(0)
+    config = GCAConfig(**sizes)
+    model = GroupedCrossTransformer(config)
+    text = torch.randint(97, 123, (1, 4, config.block_size))
+    text[0, 2, 8:56] = text[0, 0, 4:52]  # so that no place helps
+    state = model.embedding(text, model.embedding.nothing()[None], landmarks=True)
+    for layer in model.below:
+        state = state + layer.attention(layer.attention_norm(state), model.rotary)
+        state = state + layer.mlp(layer.mlp_norm(state))
+    keys, _, _ = model.encoder(state, model.rotary)
+    cross = model.stacks[0].stack[0].cross
+    queries = cross.query(model.stacks[0].stack[0].cross_norm(state[0, 2, 16:55]))
+    first = keys[0, :2].flatten(0, 1)  # [2 * S, width]
+    scores = torch.einsum(
+        "qhd,khd->hqk", *(t.unflatten(-1, (config.heads, -1)) for t in (queries, first))
+    )
+    shares = (scores * config.head_dim**-0.5).softmax(dim=-1)
+    right = shares[:, torch.arange(39), torch.arange(13, 52)].mean()
+    assert right > (0.9 if config.lag else 0.1)

@@ -63,8 +63,11 @@ class ModelConfig:
             "near",
             "top_k",
         ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+            value = getattr(self, name)
+            if type(value) is not int:
+                raise ValueError(f"{name} must be a whole number, not {value!r}")
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")
         if self.width % self.heads or (self.width // self.heads) % 2:
             raise ValueError(
                 f"width {self.width} must be a multiple of twice the heads ({self.heads})"
@@ -137,7 +140,11 @@ class GCAConfig:
         object.__setattr__(self, "grams", _gram_sizes(self.grams))
         for name, value in asdict(self).items():
             least = 0 if name in ("segment", "lower", "near", "top_k", "lag") else 1
-            if name not in ("family", "rope_base", "grams", "softmax") and value < least:
+            if name in ("family", "rope_base", "grams", "softmax"):
+                continue
+            if type(value) is not int:
+                raise ValueError(f"{name} must be a whole number, not {value!r}")
+            if value < least:
                 raise ValueError(f"{name} must be at least {least}, not {value}")
         if self.width % self.heads or (self.width // self.heads) % 2:
             raise ValueError(

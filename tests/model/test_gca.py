@@ -377,6 +377,8 @@ def test_the_search_is_trained_through_the_weights_alone():
         ({"lag": 4}, "lag 4 must be below the block size 4"),
         ({"lag": -1}, "lag must be at least 0, not -1"),
         ({"near": -1}, "near must be at least 0, not -1"),
+        ({"lag": True}, "lag must be a whole number, not True"),
+        ({"near": 1.5}, "near must be a whole number, not 1.5"),
         ({"softmax": "all"}, "softmax is 'all': use 'chunk' or 'found'"),
     ],
 )

@@ -133,6 +133,8 @@ def weighed_attention(
     scores = q.reshape(-1, rows, dim) @ keys.transpose(-1, -2)  # [Q * H, R, k * S]
     scores = wide(scores.unflatten(-1, (count, -1)))
     weight = weights[:, None].expand(-1, heads, -1).reshape(-1, 1, count, 1)
+    if together:  # what lies in the place of a chunk that is not there may score more than all else
+        scores = scores.masked_fill(weight == 0, float("-inf"))
     of = (-2, -1) if together else -1
     top = scores.detach().amax(dim=of, keepdim=True).clamp(min=0.0)
     shares = (scores - top).exp()

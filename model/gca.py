@@ -289,7 +289,7 @@ class GroupedCrossTransformer(nn.Module):
             noisy = scores
             if noise:
                 noisy = noisy - torch.empty_like(noisy).exponential_().log()
-            # The nearest are taken anyway; a row more is where those go that are not there.
+            # The nearest are taken anyway; those that are not there go into a column more.
             older = F.pad(allowed, (0, 1)).scatter(-1, nearest, value=False)[:, :-1]
             older = older.repeat_interleave(queries.shape[2], dim=0)
             count = min(self.config.top_k, scores.shape[-1])

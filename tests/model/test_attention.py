@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from model.attention import FEW, block_attention, window_attention
+from model.attention import FEW, block_attention, weighed_attention, window_attention
 
 shapes = st.fixed_dictionaries(
     {
@@ -255,3 +255,19 @@ def test_window_is_masked_attention(shape: dict[str, int]) -> None:
     assert gap(out, scaled_dot_product_attention(case.q, case.k, case.v, mask)) < 1e-12
     scores = torch.einsum("sgrd,sgtd->sgrt", case.scaled, case.k)
     assert gap(lse, (scores.exp() * mask).sum(-1).log()) < 1e-12
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_a_chunk_without_weight_leaves_the_others_alone(together: bool) -> None:
+    """However loud what lies in its place is."""
+    torch.manual_seed(0)
+    q, keys, values = torch.randn(1, 2, 3, 4), torch.randn(2, 10, 4), torch.randn(2, 10, 4)
+    weights = torch.tensor([[1.0, 0.0]])
+    alone = weighed_attention(q, keys[:, :5], values[:, :5], weights[:, :1], together)
+    keys[:, 5:] *= 1e4
+    keys.requires_grad_()
+    both = weighed_attention(q, keys, values, weights, together)
+    assert (both - alone).abs().max() < 1e-6
+    both.sum().backward()  # type: ignore[no-untyped-call]
+    assert keys.grad is not None and keys.grad.isfinite().all()
+    assert keys.grad[:, :5].abs().max() > 1e-3

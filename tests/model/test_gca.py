@@ -293,11 +293,11 @@ def texts(seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("segment", [0, 1, 2])
 @pytest.mark.parametrize("noise", [False, True])
 @pytest.mark.parametrize("foreign", [{}, FOREIGN])
-@pytest.mark.parametrize("near", [0, 2])
+@pytest.mark.parametrize("sizes", [{}, {"near": 2}, {"softmax": "found"}], ids=str)
 @torch.no_grad()
-def test_what_comes_later_changes_nothing_before(segment, noise, foreign, near):
+def test_what_comes_later_changes_nothing_before(segment, noise, foreign, sizes):
     """Neither the rest of a text, nor what follows it in its passage."""
-    model, text = make(replace(CONFIG, near=near)), texts()
+    model, text = make(replace(CONFIG, **sizes)), texts()
     logits = []
     for change in (False, True):
         changed = text.clone()

@@ -120,13 +120,13 @@ def weighed_attention(
     values: Tensor,  # [Q * H, k * S, D]
     weights: Tensor,  # [Q, k]
     together: bool = False,
-) -> Tensor:  # [Q, H, R, D]
+) -> tuple[Tensor, Tensor]:  # [Q, H, R, D], [Q, H, R, k]
     """Attend to k chunks by a softmax with one more place that says nothing (softmax-plus-one).
 
     In each chunk: out = sum_b w_b sum_j e^s_bj / (1 + sum_i e^s_bi) v_bj, as published; the weights
     w are the same for all heads and layers of a group. together: in all of them at once,
     out = sum_b w_b sum_j e^s_bj v_bj / (1 + sum_c w_c sum_i e^s_ci): what is said in one chunk
-    takes from what the others say.
+    takes from what the others say. What all tokens of a chunk have together is returned, too.
     """
     segments, heads, rows, dim = q.shape
     count = weights.shape[-1]
@@ -143,4 +143,5 @@ def weighed_attention(
     total = shares.sum(dim=of, keepdim=True) + (-top).exp()
     shares = shares / total if together else shares / total * weight
     out = shares.flatten(-2).to(values.dtype) @ values
-    return out.view(segments, heads, rows, dim)
+    of_chunks = shares.sum(dim=-1).view(segments, heads, rows, count)
+    return out.view(segments, heads, rows, dim), of_chunks

@@ -12,6 +12,8 @@ In this file S is the tokens of a chunk, P = S + 1 its places, the last one the 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -149,6 +151,20 @@ class Selection:
         self.weights = weights
 
 
+class Reading(NamedTuple):
+    """What comes of whole sequences in training.
+
+    logits: [B, N, S, 256], of the next byte. missed: [], of the chunks that were meant to be found,
+    the mean of -log of their weight among all that may be found, as if each token asked for itself,
+    summed over the groups; 0 where none are meant. misjudged: [], how far the weights of the chunks
+    found are from what the attention takes of each, summed over the layers (see _misjudged).
+    """
+
+    logits: Tensor
+    missed: Tensor
+    misjudged: Tensor
+
+
 class GroupedCrossTransformer(nn.Module):
     """A byte-level language model whose upper layers retrieve chunks."""
 
@@ -236,8 +252,8 @@ class GroupedCrossTransformer(nn.Module):
         passage: Tensor | None = None,  # int64 [B]
         apart: Tensor | None = None,  # bool [B, N]
         meant: Tensor | None = None,  # bool [B, N, S, N]
-    ) -> tuple[Tensor, Tensor]:  # [B, N, S, 256], []
-        """Return next-byte logits of whole sequences, for training, and what searches miss.
+    ) -> Reading:
+        """Read whole sequences, for training.
 
         segment: tokens that use what the first of them finds; 0: a chunk uses what the landmark of
         the chunk before finds, as published; None: the configuration's. noise: add Gumbel noise
@@ -246,8 +262,7 @@ class GroupedCrossTransformer(nn.Module):
         few chunks to be confused by, a million tokens have many. passage: of foreign chunks,
         sequences with the same number are one text, in order, of which each finds what those before
         it have. meant: chunks of its own sequence that each group should find for a token, where
-        that is known. What is missed of them is the mean of -log of their weight among all that
-        may be found, summed over the groups, as if each token asked for itself; 0 without any.
+        that is known.
         """
         segment = self.config.segment if segment is None else segment
         before = self.embedding.nothing().expand(len(tokens), -1)
@@ -258,7 +273,7 @@ class GroupedCrossTransformer(nn.Module):
         keys, values, landmarks = self.encoder(x, self.rotary)
         allowed = _allowed(tokens, foreign, passage, apart)
         retrieves = self.config.near + self.config.top_k > 0
-        missed = x.new_zeros(())
+        missed, misjudged = x.new_zeros(()), x.new_zeros(())
         for group in self.stacks:
             if retrieves:
                 if meant is not None:
@@ -268,9 +283,13 @@ class GroupedCrossTransformer(nn.Module):
                 held = [_gather(t, found.chunks, self.config.heads) for t in (keys, values)]
             for layer in group.stack:
                 x = x + layer.attention(layer.attention_norm(x), self.rotary)
-                said = self._cross(layer, x, held, found.weights, segment) if retrieves else 0.0
-                x = x + layer.mlp(layer.mlp_norm(x + said))
-        return self.head(self.norm(x[..., :-1, :])), missed
+                inner = x
+                if retrieves:
+                    said, taken = self._cross(layer, x, held, found.weights, segment)
+                    misjudged = misjudged + _misjudged(found.weights, taken)
+                    inner = x + said
+                x = x + layer.mlp(layer.mlp_norm(inner))
+        return Reading(self.head(self.norm(x[..., :-1, :])), missed, misjudged)
 
     def _select(
         self,
@@ -310,7 +329,8 @@ class GroupedCrossTransformer(nn.Module):
         held: list[Tensor],  # keys, values [Q * heads, k * S, D]
         weights: Tensor,  # [Q, k]
         segment: int,
-    ) -> Tensor:  # [B, N, P, width]
+    ) -> tuple[Tensor, Tensor]:  # [B, N, P, width], [Q, heads, rows, k]
+        """What the chunks say to each place, and what the tokens take of each chunk."""
         config = self.config
         q = split_heads(layer.cross.query(layer.cross_norm(x)), config.heads)  # [B, H, N, P, D]
         q = q * config.head_dim**-0.5
@@ -319,7 +339,7 @@ class GroupedCrossTransformer(nn.Module):
         tokens = q[..., :-1, :].unflatten(-2, (-1, rows))  # [B, H, N, G, rows, D]
         landmark = q[..., None, -1:, :].expand(*tokens.shape[:-2], 1, -1)
         q = torch.cat((tokens, landmark), dim=-2).permute(0, 2, 3, 1, 4, 5)  # [B, N, G, H, R, D]
-        out = weighed_attention(
+        out, taken = weighed_attention(
             q.reshape(-1, config.heads, rows + 1, config.head_dim),
             held[0],
             held[1],
@@ -328,7 +348,7 @@ class GroupedCrossTransformer(nn.Module):
         )
         out = out.unflatten(0, (*x.shape[:2], -1)).permute(0, 1, 2, 4, 3, 5).flatten(-2)
         out = torch.cat((out[..., :-1, :].flatten(2, 3), out[:, :, -1, -1:]), dim=2)
-        return layer.cross.out(out)
+        return layer.cross.out(out), taken[:, :, :rows]
 
 
 def _nearest(sequences: int, chunks: int, near: int, device: torch.device) -> Tensor:
@@ -381,6 +401,24 @@ def _missed(
     right = own.masked_fill(~meant, float("-inf")).masked_fill(none[..., None], 0.0)
     lost = every.logsumexp(dim=-1) - right.logsumexp(dim=-1)
     return lost.masked_fill(none, 0.0).sum() / (~none).sum().clamp(min=1)
+
+
+def _misjudged(
+    weights: Tensor,  # [Q, k]
+    taken: Tensor,  # [Q, heads, rows, k]
+) -> Tensor:  # []
+    """Return the mean KL divergence of the weights from what is taken of each chunk.
+
+    The attention teaches the search (as in Izacard & Grave 2020, arXiv 2012.04584): without a
+    gradient into it. A segment counts by how much it takes: who heeds no chunk has nothing to say
+    of them.
+    """
+    taken = taken.detach().mean(dim=(1, 2))  # [Q, k]
+    total = taken.sum(dim=-1, keepdim=True)
+    least = torch.finfo(taken.dtype).tiny
+    share = taken / total.clamp(min=least)
+    lost = torch.xlogy(taken, share) - taken * weights.clamp(min=least).log()
+    return lost.sum() / total.sum().clamp(min=least)
 
 
 def _gather(x: Tensor, chunks: Tensor, heads: int) -> Tensor:

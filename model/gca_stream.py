@@ -301,7 +301,7 @@ class GCAStream(Stream):
         q = layer.cross.query(layer.cross_norm(x)) * config.head_dim**-0.5
         q = segments.gather(q).unflatten(-1, (config.heads, -1)).transpose(1, 2)  # [Q, H, R', D]
         keys, values = (plane.to(q.dtype) for plane in held)
-        out = weighed_attention(q, keys, values, weights, config.softmax == "found")
+        out, _ = weighed_attention(q, keys, values, weights, config.softmax == "found")
         return layer.cross.out(segments.scatter(out.transpose(1, 2).flatten(-2)))
 
 

@@ -41,6 +41,9 @@ _SEGMENTS = (None, None, 4, None, 0)
 """What steps use in turn: the configuration's segments; short ones, so that any place learns to
 ask; and whole chunks, for which the landmark before asks."""
 
+_JUDGING = 0.3
+"""What it counts that the weights of the chunks found are not what the attention takes of each."""
+
 
 def loss_of(
     model: Any,
@@ -53,15 +56,17 @@ def loss_of(
     apart: Tensor | None = None,  # bool [B, N]
     meant: Tensor | None = None,  # bool [B, N, S, N]
     clues: float = 0.0,
+    judging: float = 0.0,
 ) -> Tensor:
-    """Return the weighted mean cross entropy, nats a byte, and `clues` times what searches miss.
+    """Return the weighted mean cross entropy, nats a byte, and what the searches did wrong.
 
-    See GroupedCrossTransformer.forward.
+    clues: what it counts that they miss; judging: that they misjudge. See model.gca.Reading.
     """
     chunks = text.unflatten(1, (-1, model.config.block_size))
     with torch.autocast(text.device.type, torch.bfloat16):
-        logits, missed = model(chunks, segment, noise, foreign, passage, apart, meant)
-    return weighed_loss(logits, text, weight) + clues * missed
+        read = model(chunks, segment, noise, foreign, passage, apart, meant)
+    loss = weighed_loss(read.logits, text, weight)
+    return loss + clues * read.missed + judging * read.misjudged
 
 
 def _step_loss(
@@ -80,7 +85,7 @@ def _step_loss(
         meant = torch.from_numpy(meant_by(samples, forward.config)).to(device)
     return loss_of(
         forward, text, weight, segment, True, bool(stage.distractors), passage, apart, meant,
-        stage.clues,
+        stage.clues, _JUDGING,
     )  # fmt: skip
 
 
@@ -143,7 +148,8 @@ def _share_found(model: Any, samples: list[Sample]) -> float:
         said = torch.from_numpy(np.stack([s.said for s in some])).to(device)
         apart = said.unflatten(1, (-1, model.config.block_size)).any(dim=-1)
         chunks = x.unflatten(1, (-1, model.config.block_size))
-        guess = model(chunks, 4, foreign=True, apart=apart)[0].flatten(1, 2).argmax(-1)
+        read = model(chunks, 4, foreign=True, apart=apart)
+        guess = read.logits.flatten(1, 2).argmax(-1)
         for row, wanted, sample in zip(guess, x, some, strict=True):
             assert sample.answer is not None
             start, stop = sample.answer.start, sample.answer.stop

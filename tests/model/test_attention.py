@@ -263,11 +263,13 @@ def test_a_chunk_without_weight_leaves_the_others_alone(together: bool) -> None:
     torch.manual_seed(0)
     q, keys, values = torch.randn(1, 2, 3, 4), torch.randn(2, 10, 4), torch.randn(2, 10, 4)
     weights = torch.tensor([[1.0, 0.0]])
-    alone = weighed_attention(q, keys[:, :5], values[:, :5], weights[:, :1], together)
+    alone, _ = weighed_attention(q, keys[:, :5], values[:, :5], weights[:, :1], together)
     keys[:, 5:] *= 1e4
     keys.requires_grad_()
-    both = weighed_attention(q, keys, values, weights, together)
+    both, taken = weighed_attention(q, keys, values, weights, together)
     assert (both - alone).abs().max() < 1e-6
+    assert (taken[..., 1] == 0).all()
     both.sum().backward()  # type: ignore[no-untyped-call]
-    assert keys.grad is not None and keys.grad.isfinite().all()
+    assert keys.grad is not None
+    assert keys.grad.isfinite().all()
     assert keys.grad[:, :5].abs().max() > 1e-3

@@ -92,7 +92,8 @@ def self_attention(weights, prefix, inner, sees, config):
 
 
 def run_one(weights, text, config, segment, found_of):
-    """One sequence, place by place: logits, what each group asks at each, and the landmarks.
+    """One sequence, place by place: logits, what each group asks at each, the landmarks, and of
+    each layer what each token takes of each chunk: {place: [(weight, share of each head), ...]}.
 
     found_of: (group, place, scores of the chunks before) -> the chunks that are taken.
     """
@@ -149,7 +150,7 @@ def run_one(weights, text, config, segment, found_of):
         landmark = weights["encoder.landmark.weight"] @ own[-1]
         chunks.append((pairs, landmark))
 
-    queries = []
+    queries, takings = [], []
     for g in range(config.groups):
         gain, query = weights[f"groups.{g}.norm.gain"], weights[f"groups.{g}.query.weight"]
         asks = [query @ norm(x, gain) / config.landmark_dim**0.5 for x in state]
@@ -172,6 +173,7 @@ def run_one(weights, text, config, segment, found_of):
 
         def cross(prefix, i, x, selected=selected):
             taken, shares = selected[i]
+            takings[-1][i] = [(share, []) for share in shares]
             inner = norm(x, weights[f"{prefix}.cross_norm.gain"])
             q = heads(weights[f"{prefix}.cross.query.weight"] @ inner, config)
             out = torch.zeros(config.heads, config.head_dim, dtype=torch.float64)
@@ -186,8 +188,9 @@ def run_one(weights, text, config, segment, found_of):
                     for chunk in taken
                 ]
                 every = 1 + sum(s * sum(of) for s, of in zip(shares, raised, strict=True))
-                for chunk, share, of in zip(taken, shares, raised, strict=True):
+                for n, (chunk, share, of) in enumerate(zip(taken, shares, raised, strict=True)):
                     total = every if config.softmax == "found" else 1 + sum(of)
+                    takings[-1][i][n][1].append(share * sum(of) / total)
                     for e, pair in zip(of, chunks[chunk][0], strict=True):
                         value = heads(pair[config.width :], config)[head]
                         out = out + torch.zeros_like(out).index_put(
@@ -196,13 +199,15 @@ def run_one(weights, text, config, segment, found_of):
             return weights[f"{prefix}.cross.out.weight"] @ out.flatten()
 
         for i in range(config.group_layers):
+            takings.append({})
             state = layer(f"groups.{g}.layers.{i}", state, cross)
 
     logits = []
     for i, x in enumerate(state):
         if i % (size + 1) < size:
             logits.append(weights["head.weight"] @ norm(x, weights["norm.gain"]))
-    return torch.stack(logits).view(*text.shape, 256), queries, [chunk[1] for chunk in chunks]
+    logits = torch.stack(logits).view(*text.shape, 256)
+    return logits, queries, [chunk[1] for chunk in chunks], takings
 
 
 def best(config):
@@ -224,16 +229,45 @@ VARIANTS = {
 }
 
 
+def divergence_of(runs, segment):
+    """Of the weights from what is taken of each chunk, which has no gradient, over all layers."""
+    divergence = 0.0
+    for layers in zip(*runs, strict=True):
+        lost = total = 0.0
+        for takings in layers:
+            tokens = [i for i in sorted(takings) if i % PLACES < PLACES - 1]
+            for first in range(0, len(tokens), segment):
+                rows = [takings[i] for i in tokens[first : first + segment]]
+                taken = []
+                for chunk in zip(*rows, strict=True):
+                    shares = [share.detach() for _, of_heads in chunk for share in of_heads]
+                    taken.append(sum(shares) / len(shares))
+                for each, (weight, _) in zip(taken, rows[0], strict=True):
+                    lost = lost + each * ((each / sum(taken)).log() - weight.log())
+                total += sum(taken)
+        divergence = divergence + lost / total
+    return divergence
+
+
 @pytest.mark.parametrize("variant", sorted(VARIANTS))
 @pytest.mark.parametrize("segment", [0, 1, 2, 4])
 def test_the_training_form_is_the_definition(segment, variant):
     config = VARIANTS[variant]
     model, text = make(config), tokens()
     weights = dict(model.named_parameters())
-    out, missed = model(text, segment)
+    out, missed, misjudged = model(text, segment)
     assert missed == 0  # nothing is meant
-    wanted = torch.stack([run_one(weights, t, config, segment, best(config))[0] for t in text])
+    runs = [run_one(weights, t, config, segment, best(config)) for t in text]
+    wanted = torch.stack([run[0] for run in runs])
     assert (out - wanted).abs().max() < 1e-9
+    divergence = divergence_of([run[3] for run in runs], segment or config.block_size)
+    assert (misjudged - divergence).abs() < 1e-9
+    of_search = [w for name, w in weights.items() if "landmark" in name or "groups" in name]
+    got = torch.autograd.grad(misjudged, of_search, allow_unused=True, retain_graph=True)
+    true = torch.autograd.grad(divergence, of_search, allow_unused=True, retain_graph=True)
+    assert sum(b is not None and b.abs().max() > 1e-6 for b in true) >= 3
+    for a, b in zip(got, true, strict=True):
+        assert (0 if a is None else a) == pytest.approx(0 if b is None else b, abs=1e-9)
 
     probe = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     got = torch.autograd.grad((out * probe).sum(), list(weights.values()))
@@ -257,7 +291,7 @@ def test_what_is_missed_is_the_definition(segment, foreign):
         for name, weight in weights.items():
             if name.endswith("cross.out.weight"):
                 weight.data.zero_()
-    _, missed = model(text, segment, foreign=foreign, meant=meant)
+    missed = model(text, segment, foreign=foreign, meant=meant).missed
     runs = [run_one(weights, t, CONFIG, segment, best(CONFIG)) for t in text]
     wanted = 0.0
     for g in range(CONFIG.groups):
@@ -305,7 +339,7 @@ def test_what_comes_later_changes_nothing_before(segment, noise, foreign, sizes)
             changed[0, 2:] = texts(1)[0, 2:]
             changed[1] = texts(1)[1]  # of the same passage as 0, and behind it
         torch.manual_seed(5)
-        logits.append(model(changed, segment, noise, **foreign)[0])
+        logits.append(model(changed, segment, noise, **foreign).logits)
     assert torch.equal(logits[0][0, :2], logits[1][0, :2])
     assert not torch.equal(logits[0][0, 2:], logits[1][0, 2:])
 
@@ -363,7 +397,7 @@ def test_the_search_is_trained_through_the_weights_alone():
     for cut in (False, True):
         model._select = detached if cut else select
         model.zero_grad()
-        model(text)[0].square().sum().backward()
+        model(text).logits.square().sum().backward()
         for group in model.stacks:
             gradient = group.query.weight.grad
             assert (gradient is None or not gradient.any()) == cut

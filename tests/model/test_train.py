@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from model import checkpoint, train, train_landmark
 from model.config import GCAConfig, ModelConfig
 from model.data import Clue, Excerpts, Sample, Tasks
+from model.gca import Reading
 from model.stages import Stage, gating_at, learning_rate, stage_of
 from model.train_gca import meant_by
 from model.train_landmark import loss_of
@@ -397,7 +398,8 @@ def test_in_turn_segments_short_ones_and_chunks_ask() -> None:
         def forward(self, chunks, segment, noise, foreign, passage, apart, meant):  # type: ignore
             asked.append((segment, noise, foreign, meant is not None))
             logits = torch.zeros(*chunks.shape, 256) + self.weight
-            return logits, self.weight.sum() + (1000.0 if meant is not None else 0.0)
+            missed = self.weight.sum() + (1000.0 if meant is not None else 0.0)
+            return Reading(logits, missed, self.weight.sum() + 10.0)
 
     curriculum = (
         Stage(10, 1024, 1), Stage(10, 1024, 1, distractors=1), Stage(5, 1024, 1, clues=0.5)
@@ -409,6 +411,7 @@ def test_in_turn_segments_short_ones_and_chunks_ask() -> None:
     assert [foreign for _, _, foreign, _ in asked] == [False] * 10 + [True] * 10 + [False] * 5
     assert all(noise for _, noise, *_ in asked)
     assert [clued for *_, clued in asked] == [False] * 20 + [True] * 5
+    assert losses[:20] == pytest.approx([math.log(256) + 0.3 * 10] * 20)
     assert losses[20:] == pytest.approx([loss + 500 for loss in losses[:5]])
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,11 +10,30 @@ VOCABULARY = 256
 """Tokens are bytes; the landmark token has an embedding of its own, outside the vocabulary."""
 
 
-def _gram_sizes(grams: Iterable[int]) -> tuple[int, ...]:
-    sizes = tuple(grams)  # a list in a checkpoint's header
-    if any(size < 1 for size in sizes):
-        raise ValueError(f"grams must be at least 1 each, not {list(sizes)}")
-    return sizes
+def _whole(name: str, value: object, least: int = 1) -> None:
+    if type(value) is not int:
+        raise ValueError(f"{name} must be a whole number, not {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, not {value}")
+
+
+def _check_shared(config: ModelConfig | GCAConfig) -> None:
+    """Refuse what no family can be made of."""
+    grams = config.grams
+    if not isinstance(grams, list | tuple) or any(type(size) is not int for size in grams):
+        raise ValueError(f"grams must be a list of whole numbers, not {grams!r}")
+    for size in grams:
+        _whole("each of grams", size)
+    object.__setattr__(config, "grams", tuple(grams))  # a list in a checkpoint's header
+    base = config.rope_base
+    if type(base) not in (int, float) or not 0 < base < math.inf:
+        raise ValueError(f"rope_base must be a number above 0, not {base!r}")
+    for name in ("width", "heads", "mlp_width", "block_size", "window_blocks", "reach", "buckets"):
+        _whole(name, getattr(config, name))
+    if config.width % config.heads or (config.width // config.heads) % 2:
+        raise ValueError(
+            f"width {config.width} must be a multiple of twice the heads ({config.heads})"
+        )
 
 
 @dataclass(frozen=True)
@@ -51,30 +70,12 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.family not in ("landmark",):
             raise ValueError(f"model family {self.family!r} is unknown: use 'landmark'")
-        object.__setattr__(self, "grams", _gram_sizes(self.grams))
-        for name in (
-            "width",
-            "heads",
-            "mlp_width",
-            "block_size",
-            "reach",
-            "buckets",
-            "window_blocks",
-            "near",
-            "top_k",
-        ):
-            value = getattr(self, name)
-            if type(value) is not int:
-                raise ValueError(f"{name} must be a whole number, not {value!r}")
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, not {value}")
-        if self.width % self.heads or (self.width // self.heads) % 2:
-            raise ValueError(
-                f"width {self.width} must be a multiple of twice the heads ({self.heads})"
-            )
-        if not self.layers or set(self.layers) - {"l", "r"}:
+        _check_shared(self)
+        for name in ("near", "top_k", "segment"):
+            _whole(name, getattr(self, name))
+        if not isinstance(self.layers, str) or not self.layers or set(self.layers) - {"l", "r"}:
             raise ValueError(f"layers {self.layers!r} must be letters l (local) and r (retrieving)")
-        if self.segment < 1 or self.block_size % self.segment:
+        if self.block_size % self.segment:
             raise ValueError(f"segment {self.segment} must divide the block size {self.block_size}")
 
     @property
@@ -137,19 +138,11 @@ class GCAConfig:
     def __post_init__(self) -> None:
         if self.family != "gca":
             raise ValueError(f"model family {self.family!r} is not 'gca'")
-        object.__setattr__(self, "grams", _gram_sizes(self.grams))
-        for name, value in asdict(self).items():
-            least = 0 if name in ("segment", "lower", "near", "top_k", "lag") else 1
-            if name in ("family", "rope_base", "grams", "softmax"):
-                continue
-            if type(value) is not int:
-                raise ValueError(f"{name} must be a whole number, not {value!r}")
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, not {value}")
-        if self.width % self.heads or (self.width // self.heads) % 2:
-            raise ValueError(
-                f"width {self.width} must be a multiple of twice the heads ({self.heads})"
-            )
+        _check_shared(self)
+        for name in ("encoder", "groups", "group_layers", "landmark_dim"):
+            _whole(name, getattr(self, name))
+        for name in ("lower", "near", "top_k", "segment", "lag"):
+            _whole(name, getattr(self, name), least=0)
         if self.lag >= self.block_size:
             raise ValueError(f"lag {self.lag} must be below the block size {self.block_size}")
         if self.softmax not in ("chunk", "found"):

@@ -370,7 +370,7 @@ def test_a_model_of_other_sizes_for_a_share_of_the_steps(
     for given, says in (
         ("none=1", "unexpected keyword argument 'none'"),
         ("top_k=0", "at least 1"),
-        ("grams=[0]", "grams must be at least 1 each"),
+        ("grams=[0]", "each of grams must be at least 1"),
     ):
         arguments.set = [train.setting(given)]
         with pytest.raises(ValueError, match=says):

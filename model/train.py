@@ -7,6 +7,7 @@ been. State and log lie in --run; the finished weights go to --out.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import time
 from dataclasses import replace
@@ -25,6 +26,20 @@ from model.families import family_of
 from model.stages import learning_rate, stage_of
 
 RECIPES = {"landmark": train_landmark.RECIPE, "gca": train_gca.RECIPE}
+
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+
+
+def keep_memory() -> None:
+    """Have the C library keep what is freed, where it can be told (glibc, mallopt(3)).
+
+    Each step takes the same memory again; to fault its pages in anew cost a quarter of the time.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def optimizers_of(model: nn.Module, rate: float) -> list[torch.optim.Optimizer]:
@@ -208,6 +223,7 @@ def main() -> int:
     arguments.run = arguments.run or Path("runs") / family
     arguments.out = arguments.out or checkpoint.SHIPPED / f"{family}.safetensors"
     torch.set_num_threads(arguments.threads)
+    keep_memory()
     try:
         train(arguments)
     except ValueError as error:

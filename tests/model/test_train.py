@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -429,3 +432,27 @@ def test_which_chunks_are_meant() -> None:
     assert by_byte.sum() == 10 * 3 + 2
     assert by_byte[100:110].nonzero()[1].tolist() == [0, 1, 2] * 10
     assert by_byte[120].nonzero()[0].tolist() == [1, 2]
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library has none")
+def test_memory_is_kept() -> None:
+    """What is freed is not given back, to be faulted in page by page at the next step."""
+    script = """
+import resource, torch
+from model.train import keep_memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        torch.ones(20_000_000)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+given_back = faults()
+keep_memory()
+print(given_back, faults())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120
+    )
+    given_back, kept = map(int, done.stdout.split())
+    assert kept < 0.5 * given_back

@@ -1,4 +1,6 @@
-"""Draw a training run: loss, needles found, and the landmarks' margin, from its log.
+"""Draw training runs from their logs: loss, bits a byte, what is found, and the landmarks' margin.
+
+Several runs are drawn over one another, to compare them.
 
 python -m bench.training runs/landmark/log.jsonl --plot docs/training.png
 """
@@ -9,47 +11,101 @@ import argparse
 import itertools
 import json
 from pathlib import Path
+from typing import Any
+
+Point = tuple[int, float]  # a step, and what was measured at it
 
 
-def main() -> None:
-    """Draw the curves; the last line is JSON: where the run ended."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("log", type=Path)
-    parser.add_argument("--plot", type=Path, default=Path("docs/training.png"))
-    a = parser.parse_args()
+def load(path: Path) -> list[dict[str, Any]]:
+    """Return a log's lines. Raises ValueError if it is none."""
+    try:
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        if lines and all({"step", "length", "loss"} <= line.keys() for line in lines):
+            return lines
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, AttributeError):
+        pass
+    raise ValueError(f"{path} is not the log of a training: give the log.jsonl of its --run folder")
+
+
+def curves(lines: list[dict[str, Any]]) -> dict[str, dict[str, list[Point]]]:
+    """Return the curves of each panel by name, in the panels' order; only those with points."""
+    panels: dict[str, dict[str, list[Point]]] = {
+        "training loss, weighted, nats": {},
+        "validation, bits a byte": {},
+        "share found": {},
+        "mean margin against 4,096 blocks": {},
+    }
+    loss, bits, found, margin = panels.values()
+    for line in lines:
+        step = line["step"]
+        loss.setdefault("", []).append((step, line["loss"]))
+        for key, value in line.items():
+            if key.startswith("bits_per_byte_"):
+                bits.setdefault(f"{key.rpartition('_')[2]} bytes", []).append((step, value))
+            elif key.startswith("found_"):
+                name = key.removeprefix("found_")
+                name = f"pass key, {name} bytes" if name.isdecimal() else name.replace("_", " ")
+                found.setdefault(name, []).append((step, value))
+        for name, value in line.get("margin", {}).items():
+            margin.setdefault(name, []).append((step, value["mean"][-1]))
+    return {label: drawn for label, drawn in panels.items() if drawn}
+
+
+def draw(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """Draw runs by name, a panel above the other; a dotted line where the length changes."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    lines = [json.loads(line) for line in a.log.read_text().splitlines()]
-    examined = [line for line in lines if "margin" in line]
-    steps = [line["step"] for line in lines]
-    figure, (loss, found, margin) = plt.subplots(3, 1, figsize=(8, 9), sharex=True)
-    loss.plot(steps, [line["loss"] for line in lines], label="training loss, weighted, nats")
-    at = [line["step"] for line in examined]
-    loss.plot(at, [e["bits_per_byte_512"] for e in examined], "o-", label="validation bits/byte")
-    for length in (512, 1024):
-        key = f"found_{length}"
-        has = [e for e in examined if key in e]
-        found.plot([e["step"] for e in has], [e[key] for e in has], "o-", label=f"{length} bytes")
-    found.set_ylabel("pass keys found")
-    for name in examined[-1]["margin"]:
-        margin.plot(at, [e["margin"][name]["mean"][-1] for e in examined], "o-", label=name)
-    margin.axhline(0, color="grey", lw=0.5)
-    margin.set_ylabel("mean margin against 4,096 blocks")
-    margin.set_xlabel("step")
-    for earlier, line in itertools.pairwise(lines):
-        if earlier["length"] != line["length"]:
-            for axis in (loss, found, margin):
+    drawn = {name: curves(lines) for name, lines in runs.items()}
+    labels = list(dict.fromkeys(label for panels in drawn.values() for label in panels))
+    figure, axes = plt.subplots(
+        len(labels), 1, figsize=(8, 3 * len(labels)), sharex=True, squeeze=False
+    )
+    for label, axis in zip(labels, axes[:, 0], strict=True):
+        for style, (name, panels) in zip(itertools.cycle(("-", "--", ":")), drawn.items()):
+            axis.set_prop_cycle(None)  # a curve has the same colour in every run
+            for curve, points in panels.get(label, {}).items():
+                said = [part for part in (name if len(runs) > 1 else "", curve) if part]
+                axis.plot(*zip(*points, strict=True), style, label=", ".join(said) or None)
+        axis.set_ylabel(label)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=8)
+        for earlier, line in itertools.pairwise(next(iter(runs.values()))):
+            if earlier["length"] != line["length"]:
                 axis.axvline(earlier["step"], color="grey", lw=0.5, ls=":")
-            loss.annotate(f" {line['length']} B", (earlier["step"], loss.get_ylim()[1] * 0.9))
-    for axis in (loss, found, margin):
-        axis.legend(fontsize=8)
+                if axis is axes[0, 0]:
+                    at = (earlier["step"], axis.get_ylim()[1])
+                    axis.annotate(f" {line['length']} B", at, fontsize=8, va="bottom", rotation=60)
+    axes[-1, 0].set_xlabel("step")
     figure.tight_layout()
-    figure.savefig(a.plot, dpi=110)
-    print(json.dumps({"bench": "training", "plot": str(a.plot), "last": examined[-1]}))
+    figure.savefig(path, dpi=110)
+
+
+def main() -> int:
+    """Draw the curves; the last line is JSON: where each run ended."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.training",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("logs", type=Path, nargs="+", help="log.jsonl of the runs' folders")
+    parser.add_argument("--plot", type=Path, required=True, help="write the picture here")
+    a = parser.parse_args()
+    try:
+        runs = {path.resolve().parent.name: load(path) for path in a.logs}
+        if len(runs) < len(a.logs):
+            raise ValueError("runs need folders of different names")
+        draw(runs, a.plot)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    last = {name: lines[-1] for name, lines in runs.items()}
+    print(json.dumps({"bench": "training", "plot": str(a.plot), "last": last}))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -65,21 +65,27 @@ def draw(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
     figure, axes = plt.subplots(
         len(labels), 1, figsize=(8, 3 * len(labels)), sharex=True, squeeze=False
     )
+    lines = next(iter(runs.values()))
+    stages = [
+        (a["step"], b["length"]) for a, b in itertools.pairwise(lines) if a["length"] != b["length"]
+    ]
     for label, axis in zip(labels, axes[:, 0], strict=True):
         for style, (name, panels) in zip(itertools.cycle(("-", "--", ":")), drawn.items()):
             axis.set_prop_cycle(None)  # a curve has the same colour in every run
             for curve, points in panels.get(label, {}).items():
-                said = [part for part in (name if len(runs) > 1 else "", curve) if part]
-                axis.plot(*zip(*points, strict=True), style, label=", ".join(said) or None)
+                parts = [part for part in (name if len(runs) > 1 else "", curve) if part]
+                axis.plot(*zip(*points, strict=True), style, label=", ".join(parts) or None)
         axis.set_ylabel(label)
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=8)
-        for earlier, line in itertools.pairwise(next(iter(runs.values()))):
-            if earlier["length"] != line["length"]:
-                axis.axvline(earlier["step"], color="grey", lw=0.5, ls=":")
-                if axis is axes[0, 0]:
-                    at = (earlier["step"], axis.get_ylim()[1])
-                    axis.annotate(f" {line['length']} B", at, fontsize=8, va="bottom", rotation=60)
+        for step, _ in stages:
+            axis.axvline(step, color="grey", lw=0.5, ls=":")
+    written = 0
+    for step, length in stages:
+        if step - written > lines[-1]["step"] / 30:  # or they would cover each other
+            at = (step, axes[0, 0].get_ylim()[1])
+            axes[0, 0].annotate(f" {length} B", at, fontsize=8, va="bottom", rotation=60)
+            written = step
     axes[-1, 0].set_xlabel("step")
     figure.tight_layout()
     figure.savefig(path, dpi=110)

@@ -15,6 +15,9 @@ from model.families import FAMILIES
 
 SHIPPED = Path(__file__).parent / "checkpoints"
 
+_UNSAID = {"gca": {"near": 0, "lag": 0, "softmax": "chunk"}}
+"""By family, what is meant by a file from before these sizes were there: not today's defaults."""
+
 
 def save(model: Any, path: Path, info: dict[str, Any], dtype: torch.dtype = torch.float32) -> None:
     """Write a model's weights, its configuration and `info` (how it was made) to `path`.
@@ -63,7 +66,7 @@ def load(name: str) -> Any:
             if sizes["family"] not in FAMILIES:
                 raise ValueError(f"model family {sizes['family']!r} is unknown: update kvstore")
             family = FAMILIES[sizes["family"]]
-            config = family.config(**sizes)
+            config = family.config(**_UNSAID.get(sizes["family"], {}) | sizes)
             weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         model = family.network(config, initialize=False)
         model.load_state_dict(weights)

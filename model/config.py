@@ -129,11 +129,11 @@ class GCAConfig:
     buckets: int = 8192
     rope_base: float = 1e4
     landmark_dim: int = 64
-    near: int = 0
-    top_k: int = 8
+    near: int = 4
+    top_k: int = 4
     segment: int = 16
-    lag: int = 0
-    softmax: str = "chunk"
+    lag: int = 1
+    softmax: str = "found"
 
     def __post_init__(self) -> None:
         if self.family != "gca":

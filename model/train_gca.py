@@ -18,8 +18,8 @@ from model.stages import Stage, stage_of
 
 _FIRST = partial(Stage, mentions=0.6, repeats=0.6, needles=0.9, named=0.9)
 _THEN = partial(_FIRST, needles=0.8, named=0.8)
-_MIXTURE = partial(_FIRST, needles=0.6, named=0.6, hops=0.5)
-_CLUED = partial(_MIXTURE, needles=0.75, named=0.8, aloud=True, clues=0.5)
+_MIXTURE = partial(Stage, needles=0.4, named=0.75, hops=0.5, mentions=0.4, repeats=0.5)
+_CLUED = partial(_MIXTURE, needles=0.6, named=0.8, aloud=True, clues=0.5)
 
 CURRICULUM = (
     _FIRST(300, 512, 16),

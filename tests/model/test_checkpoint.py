@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from model import checkpoint
 from model.config import GCAConfig, ModelConfig
+from model.gca import GroupedCrossTransformer
 from model.transformer import Transformer
 
 SMALL = {"width": 16, "heads": 2, "layers": "lr", "mlp_width": 16, "block_size": 4, "segment": 2}
@@ -129,6 +130,16 @@ def test_configurations_that_do_not_fit_are_refused(path: Path, config: str) -> 
         weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     save_file(weights, path, metadata={"config": config, "info": "{}"})
     refuse(path)
+
+
+def test_a_file_from_before_a_size_was_there_means_what_it_meant(tmp_path: Path) -> None:
+    published = {"near": 0, "lag": 0, "softmax": "chunk"}
+    config = GCAConfig(width=16, mlp_width=16, buckets=8, **published)  # type: ignore[arg-type]
+    model = GroupedCrossTransformer(config)
+    said = {name: size for name, size in config.to_dict().items() if name not in published}
+    header = {"config": json.dumps(said), "info": "{}"}
+    save_file(model.state_dict(), tmp_path / "old.safetensors", metadata=header)
+    assert checkpoint.load(str(tmp_path / "old.safetensors")).config == config
 
 
 def test_missing_weights_are_refused(path: Path) -> None:

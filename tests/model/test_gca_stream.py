@@ -31,8 +31,11 @@ CONFIG = GCAConfig(
     mlp_width=64,
     block_size=8,
     landmark_dim=8,
+    near=0,
     top_k=3,
     segment=4,
+    lag=0,
+    softmax="chunk",
     buckets=64,
 )
 WIDER = replace(

@@ -69,6 +69,8 @@ def main() -> int:
     parser.add_argument("--top-k", type=int, help="blocks that each search finds")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if min(args.keys, args.readings) < 1:
+        parser.error("--keys and --readings must be at least 1")
     kinds = ["source", "words", *(["novel"] if args.corpus else [])]
     console = Console(stderr=True)
     began = time.perf_counter()

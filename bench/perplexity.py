@@ -53,7 +53,7 @@ class Job:
 def sight_of(config: ModelConfig, blocks: int) -> int:
     """Return how many bytes back a model reaches whose retrieving layers see the nearest blocks."""
     local = config.layers.count("l") * (config.window_blocks + 1)
-    reach = max(config.reach, *config.grams)
+    reach = max((config.reach, *config.grams))
     return (local + config.retrieving * (blocks + 1)) * config.block_size + reach
 
 
@@ -95,6 +95,10 @@ def main() -> None:
     )
     parser.add_argument("--jobs", type=int, default=2, help="targets at a time, a thread each")
     a = parser.parse_args()
+    if a.targets < 2 or min(a.score, a.jobs) < 1 or a.longest < 512:
+        parser.error("at least --targets 2, --score 1, --jobs 1 and --longest 512")
+    if not a.corpus.is_dir():
+        parser.error(f"--corpus {a.corpus} is not a folder")
     config = load(a.model).config
     paths = [p for p in a.corpus.iterdir() if p.name.split(".")[0] == a.text]
     if not paths:
@@ -103,7 +107,10 @@ def main() -> None:
     near = config.near if a.near is None else a.near
     k = config.top_k if a.top_k is None else a.top_k
     sight = sight_of(config, near + k)
-    base = Retrieval(k, near, config.segment)
+    try:
+        base = Retrieval(k, near, config.segment)
+    except ValueError as error:
+        parser.error(str(error))
     ways = {
         "retrieval": base,
         "window": replace(base, search=False),

@@ -109,8 +109,8 @@ def main() -> None:
     sight = sight_of(config, near + k)
     try:
         base = Retrieval(k, near, config.segment)
-    except ValueError as error:
-        parser.error(str(error))
+    except ValueError as reason:
+        parser.error(str(reason))
     ways = {
         "retrieval": base,
         "window": replace(base, search=False),

@@ -34,7 +34,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 def keep_memory() -> None:
     """Have the C library keep what is freed, where it can be told (glibc, mallopt(3)).
 
-    Each step takes the same memory again; to fault its pages in anew cost a quarter of the time.
+    Each step takes the same memory again; to fault its pages in anew cost a tenth to a third of the time.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

@@ -34,7 +34,8 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 def keep_memory() -> None:
     """Have the C library keep what is freed, where it can be told (glibc, mallopt(3)).
 
-    Each step takes the same memory again; to fault its pages in anew cost a tenth to a third of the time.
+    Each step takes the same memory again; to fault its pages in anew costs a tenth of its time to
+    a third (docs/log.md).
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

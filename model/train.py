@@ -34,8 +34,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 def keep_memory() -> None:
     """Have the C library keep what is freed, where it can be told (glibc, mallopt(3)).
 
-    Each step takes the same memory again; to fault its pages in anew costs a tenth of its time to
-    a third (docs/log.md).
+    Each step takes the same memory again; to fault its pages in anew took 11 to 30% of its time.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

@@ -37,5 +37,5 @@ def test_what_is_no_log_is_refused(tmp_path: Path, text: str) -> None:
 
 
 def test_a_log_that_cannot_be_read_says_why(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="cannot read .*: No such file"):
+    with pytest.raises(ValueError, match=r"cannot read .*: No such file"):
         load(tmp_path / "none.jsonl")

@@ -1,11 +1,10 @@
 """How a block should lie on disk: ratio and speed of the ways to compress it, and of the disk tier.
 
-`python -m bench.codec`. The blocks are bfloat16 keys and values, normal, smooth over tokens, keys
-with channels of different scale; or those of a file, `--data FILE` with arrays `keys` and `values`
-[n, tokens, dim] as bfloat16 bits (uint16) in an .npz. One thread; MB/s (1e6 B) of uncompressed
-blocks and of the thread's own processor time, the fastest of the turns, which take the ways one
-after the other. Encoding begins with planes in memory and ends with bytes, decoding ends with
-planes in memory.
+The blocks are bfloat16 keys and values, normal, smooth over tokens, keys with channels of different
+scale; or those of a file, `--data FILE` with arrays `keys` and `values` [n, tokens, dim] as
+bfloat16 bits (uint16) in an .npz. One thread; MB/s (1e6 B) of uncompressed blocks and of the
+thread's own processor time, the fastest of the turns, which take the ways one after the other.
+Encoding begins with planes in memory and ends with bytes, decoding ends with planes in memory.
 
 - zstd: the block as it is, level 1.
 - planes, one frame: bytes split by significance, then one zstd frame, level 1.
@@ -17,12 +16,11 @@ planes in memory.
   them `LMDB + zstd`, the same frames got from an LMDB file, one a value, and decompressed, neither
   verified nor merged nor kept; and the frames, compressed before, put into it.
 
-The last line is JSON.
+python -m bench.codec
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import tempfile
 import time
@@ -36,6 +34,7 @@ import numpy as np
 import numpy.typing as npt
 import zstandard
 
+from bench.arguments import Parser, at_least, file
 from kvstore import codec as codecs
 from kvstore.block import BlockSpec
 from kvstore.codec import Codec
@@ -261,9 +260,9 @@ def disk(planes: list[Words], spec: BlockSpec, turns: int) -> list[dict[str, Any
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--turns", type=int, default=60, help="how often each is measured")
-    parser.add_argument("--data", type=Path, help=".npz with keys and values, bfloat16 bits")
+    parser = Parser("codec", __doc__)
+    parser.add_argument("--turns", type=at_least(1), default=60, help="how often each is measured")
+    parser.add_argument("--data", type=file, help=".npz with keys and values, bfloat16 bits")
     args = parser.parse_args()
     rows = []
     for kib in (8, 32):

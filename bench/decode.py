@@ -8,7 +8,6 @@ python -m bench.decode --model landmark
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import time
@@ -20,7 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bench.reading import cache_bytes, of_landmark, reading
+from bench.arguments import Parser, at_least, of_landmark
+from bench.reading import cache_bytes, reading
 from kvstore.block import BlockSpec
 from kvstore.config import StoreConfig
 from kvstore.store import Store
@@ -211,12 +211,18 @@ def matmul_rate(n: int = 20) -> float:
 
 def main() -> None:
     """Measure and print; the last line is JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser("decode", __doc__)
     parser.add_argument("--model", type=of_landmark, default="landmark")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[64 * 1024, 1024 * 1024])
-    parser.add_argument("--steps", type=int, default=256, help="tokens decoded at each length")
-    parser.add_argument("-n", type=int, default=300, help="repetitions of the small measurements")
+    parser.add_argument(
+        "--lengths", type=at_least(512), nargs="+", default=[64 * 1024, 1024 * 1024]
+    )
+    parser.add_argument(
+        "--steps", type=at_least(16), default=256, help="tokens decoded at each length"
+    )
+    parser.add_argument(
+        "-n", type=at_least(3), default=300, help="repetitions of the small measurements"
+    )
     a = parser.parse_args()
     report: dict[str, Any] = {"bench": "decode", "device": a.device, "model": a.model}
     report["threads"] = torch.get_num_threads()

@@ -15,7 +15,6 @@ python -m bench.faults --kills 100 --damages 300
 
 from __future__ import annotations
 
-import argparse
 import json
 import multiprocessing
 import os
@@ -34,6 +33,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
+from bench.arguments import Parser, at_least
 from bench.changes import SMALL, State
 from kvstore import KVStoreError, Store
 from kvstore.errors import CorruptStoreError
@@ -337,14 +337,14 @@ def look(
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.faults",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = Parser("faults", __doc__)
+    parser.add_argument(
+        "--kills", type=at_least(0), default=100, help="how many processes are killed"
     )
-    parser.add_argument("--kills", type=int, default=100, help="how many processes are killed")
-    parser.add_argument("--damages", type=int, default=300, help="how often files are damaged")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--damages", type=at_least(0), default=300, help="how often files are damaged"
+    )
+    parser.add_argument("--seed", type=at_least(0), default=0)
     args = parser.parse_args()
     torch.set_num_threads(1)
     console = Console(stderr=True)

@@ -11,7 +11,6 @@ python -m bench.harvest --out runs/landmarks.safetensors --count 1048576
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from pathlib import Path
@@ -20,7 +19,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from bench.reading import of_landmark
+from bench.arguments import Parser, at_least, folder, of_landmark
 from model import checkpoint, haystack
 from model.data import read_text
 from model.landmark import LandmarkAttention
@@ -32,13 +31,13 @@ WINDOW, LEAD = 64, 8
 
 def main() -> None:
     """Read windows, write the file; the last line is JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser("harvest", __doc__)
     parser.add_argument("--model", type=of_landmark, default="landmark")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--corpus", type=Path)
-    parser.add_argument("--count", type=int, default=2**20, help="landmarks")
-    parser.add_argument("--queries", type=int, default=4096)
-    parser.add_argument("--head", type=int, default=0)
+    parser.add_argument("--corpus", type=folder)
+    parser.add_argument("--count", type=at_least(1), default=2**20, help="landmarks")
+    parser.add_argument("--queries", type=at_least(1), default=4096)
+    parser.add_argument("--head", type=at_least(0), default=0)
     a = parser.parse_args()
     model = checkpoint.load(a.model)
     config = model.config

@@ -13,7 +13,6 @@ The data are arrays landmarks [n, D] and queries [m, D], as a trained model has 
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import time
@@ -25,6 +24,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
+from bench.arguments import Parser, at_least, duration, file, picture
 from kvstore.config import IndexConfig
 from kvstore.index import LandmarkIndex, cost
 
@@ -34,20 +34,28 @@ WAYS = ("exact", "plain", "hnsw")
 
 def main() -> None:
     """Measure each size, print a row for it; the last line is JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser("index", __doc__)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--synthetic", action="store_true", help="clustered random data")
-    source.add_argument("--data", type=Path, help="file with landmarks [n, D], queries [m, D]")
-    parser.add_argument("--least", type=int, default=4096, help="smallest number of landmarks")
-    parser.add_argument("--most", type=int, default=2**20, help="largest number of landmarks")
-    parser.add_argument("--dim", type=int, default=64, help="of synthetic landmarks")
-    parser.add_argument("--k", type=int, default=8, help="blocks to find for each query")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 16, 64], help="queries at once")
-    parser.add_argument("--seconds", type=float, default=1.0, help="for each size and batch")
-    parser.add_argument("--m", type=int, default=IndexConfig.m, help="links of a graph's node")
-    parser.add_argument("--ef-construction", type=int, default=IndexConfig.ef_construction)
-    parser.add_argument("--ef-search", type=int, default=IndexConfig.ef_search)
-    parser.add_argument("--plot", type=Path, help="write the crossover as a picture")
+    source.add_argument("--data", type=file, help="file with landmarks [n, D], queries [m, D]")
+    parser.add_argument(
+        "--least", type=at_least(1), default=4096, help="smallest number of landmarks"
+    )
+    parser.add_argument(
+        "--most", type=at_least(1), default=2**20, help="largest number of landmarks"
+    )
+    parser.add_argument("--dim", type=at_least(1), default=64, help="of synthetic landmarks")
+    parser.add_argument("--k", type=at_least(1), default=8, help="blocks to find for each query")
+    parser.add_argument(
+        "--batch", type=at_least(1), nargs="+", default=[1, 16, 64], help="queries at once"
+    )
+    parser.add_argument("--seconds", type=duration, default=1.0, help="for each size and batch")
+    parser.add_argument(
+        "--m", type=at_least(2), default=IndexConfig.m, help="links of a graph's node"
+    )
+    parser.add_argument("--ef-construction", type=at_least(1), default=IndexConfig.ef_construction)
+    parser.add_argument("--ef-search", type=at_least(1), default=IndexConfig.ef_search)
+    parser.add_argument("--plot", type=picture, help="write the crossover as a picture")
     a = parser.parse_args()
     landmarks, queries = synthetic(a.most, a.dim) if a.synthetic else read(a.data)
     most = min(a.most, len(landmarks))

@@ -9,7 +9,6 @@ python -m bench.kept
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import statistics
@@ -25,6 +24,7 @@ import torch
 import xxhash
 import zstandard
 
+from bench.arguments import Parser, at_least
 from bench.tiers import keys_and_values
 from kvstore.block import BlockSpec
 from kvstore.codec import Codec
@@ -148,13 +148,9 @@ def durabilities(spec: BlockSpec, n: int, place: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.kept",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--tokens", type=int, nargs="+", default=[2**16, 2**20])
-    parser.add_argument("--n", type=int, default=5, help="how often each is measured")
+    parser = Parser("kept", __doc__)
+    parser.add_argument("--tokens", type=at_least(2048), nargs="+", default=[2**16, 2**20])
+    parser.add_argument("--n", type=at_least(1), default=5, help="how often each is measured")
     args = parser.parse_args()
     report: dict[str, Any] = {"bench": "kept", "asking": [], "verifying": [], "durabilities": []}
     place = Path(tempfile.mkdtemp(prefix="kept-"))

@@ -20,6 +20,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
+from bench.arguments import Parser, at_least, of_any, with_novel
 from bench.passkey import fillers
 from bench.reading import SHARES, interval, reading
 from model import checkpoint, haystack
@@ -27,11 +28,11 @@ from model.families import family_of
 from model.generate import Sampling, generate, prefill
 
 
-def read_once(args: argparse.Namespace, kind: str, seed: int) -> list[dict[str, Any]]:
+def read_once(
+    args: argparse.Namespace, kind: str, text: bytes, asked: list[haystack.Haystack]
+) -> list[dict[str, Any]]:
     """Read one text; say of each key whether it was found, by the search and by its controls."""
     model = checkpoint.load(args.model)
-    filler = fillers(args.corpus)[kind]
-    text, asked = haystack.hide_keys(filler, args.tokens, seed, args.keys, args.hops)
     # An answer in two steps has a full stop after the first one.
     sampling = (
         Sampling(max_new_tokens=8, stop=(".", ","))
@@ -55,34 +56,35 @@ def read_once(args: argparse.Namespace, kind: str, seed: int) -> list[dict[str, 
 
 def main() -> int:
     """Read, ask, print the table; the last line is JSON."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.keys",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = Parser("keys", __doc__)
+    parser.add_argument("--model", type=of_any, default="gca")
+    parser.add_argument(
+        "--corpus", type=with_novel, help="folder with moby_dick.txt[.gz], the validation novel"
     )
-    parser.add_argument("--model", default="gca")
-    parser.add_argument("--corpus", help="folder with moby_dick.txt[.gz], the validation novel")
-    parser.add_argument("--tokens", type=int, default=65536)
-    parser.add_argument("--keys", type=int, default=16, help="hidden in each text")
+    parser.add_argument("--tokens", type=at_least(1), default=65536)
+    parser.add_argument("--keys", type=at_least(1), default=16, help="hidden in each text")
     parser.add_argument("--hops", type=int, choices=(1, 2), default=1)
-    parser.add_argument("--readings", type=int, default=3)
-    parser.add_argument("--top-k", type=int, help="blocks that each search finds")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--readings", type=at_least(1), default=3)
+    parser.add_argument("--top-k", type=at_least(1), help="blocks that each search finds")
+    parser.add_argument("--seed", type=at_least(0), default=0)
     args = parser.parse_args()
-    if min(args.keys, args.readings) < 1:
-        parser.error("--keys and --readings must be at least 1")
     kinds = ["source", "words", *(["novel"] if args.corpus else [])]
     console = Console(stderr=True)
     began = time.perf_counter()
     rows: list[dict[str, Any]] = []
-    try:
-        with Progress(console=console, disable=not console.is_terminal) as progress:
-            task = progress.add_task("readings", total=args.readings)
-            for i in range(args.readings):
-                rows += read_once(args, kinds[i % len(kinds)], args.seed + i)
-                progress.advance(task)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
+    filler = fillers(args.corpus)
+    with Progress(console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task("readings", total=args.readings)
+        for i in range(args.readings):
+            kind = kinds[i % len(kinds)]
+            try:
+                text, asked = haystack.hide_keys(
+                    filler[kind], args.tokens, args.seed + i, args.keys, args.hops
+                )
+            except ValueError as error:
+                parser.error(str(error))
+            rows += read_once(args, kind, text, asked)
+            progress.advance(task)
     report: dict[str, Any] = {"bench": "keys", **vars(args), "n": len(rows)}
     for way in rows[0]["right"]:
         found = sum(row["right"][way] for row in rows)
@@ -91,7 +93,7 @@ def main() -> int:
         report[way] = {"found": found, "share": found / len(rows), "interval": [low, high]}
     report["seconds"] = round(time.perf_counter() - began, 1)
     report["threads"] = torch.get_num_threads()
-    print(json.dumps(report))
+    print(json.dumps(report, default=str))
     return 0
 
 

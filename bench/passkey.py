@@ -25,11 +25,13 @@ from typing import Any
 
 import torch
 
+from bench.arguments import Parser, at_least, of_any, with_novel
 from bench.reading import SHARES, interval, reading
 from model import checkpoint, haystack
-from model.data import QUESTIONS, needle, read_text
+from model.data import QUESTIONS, needle, read_text, text_named
 from model.generate import Sampling, generate, prefill
 
+SHORTEST = 512
 LENGTHS = ((32 * 1024, 50), (256 * 1024, 50), (1024 * 1024, 10))
 
 PHRASES: dict[str, tuple[Callable[[int], str], str]] = {
@@ -50,7 +52,7 @@ class Job:
     warm as shares of the cache, and how blocks lie on disk."""
 
     model: str
-    corpus: str | None
+    corpus: Path | None
     filler: str
     phrase: str
     tokens: int
@@ -60,7 +62,7 @@ class Job:
     precision: str = "exact"
 
 
-def fillers(corpus: str | None) -> dict[str, Callable[[int, int], bytes]]:
+def fillers(corpus: Path | None) -> dict[str, Callable[[int, int], bytes]]:
     """Return the texts to hide in, by name."""
     made: dict[str, Callable[[int, int], bytes]] = {
         "source": haystack.source_text,
@@ -69,15 +71,8 @@ def fillers(corpus: str | None) -> dict[str, Callable[[int, int], bytes]]:
         "georgian": haystack.other_letters,
     }
     if corpus:
-        made["novel"] = haystack.excerpt(read_text(_novel(corpus)).tobytes())
+        made["novel"] = haystack.excerpt(read_text(text_named(corpus, "moby_dick")).tobytes())
     return made
-
-
-def _novel(corpus: str) -> Path:
-    for path in Path(corpus).iterdir():
-        if path.name.startswith("moby_dick"):
-            return path
-    raise ValueError(f"no moby_dick.txt or moby_dick.txt.gz in {corpus}")
 
 
 def read_once(job: Job) -> dict[str, Any]:
@@ -131,8 +126,10 @@ def table(
 def length_of(given: str) -> tuple[int, int]:
     """Read TOKENS:READINGS."""
     tokens, _, readings = given.partition(":")
-    if not (tokens.isdigit() and readings.isdigit() and int(tokens) and int(readings)):
+    if not (tokens.isdigit() and readings.isdigit() and int(readings)):
         raise argparse.ArgumentTypeError(f"{given!r} is not TOKENS:READINGS, like 65536:20")
+    if int(tokens) < SHORTEST:
+        raise argparse.ArgumentTypeError(f"{given!r}: a text has at least {SHORTEST} tokens")
     return int(tokens), int(readings)
 
 
@@ -142,13 +139,11 @@ def _start(threads: int) -> None:
 
 def main() -> None:
     """Read, ask, print the tables; the last line is JSON."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.passkey",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = Parser("passkey", __doc__)
+    parser.add_argument("--model", type=of_any, default="landmark")
+    parser.add_argument(
+        "--corpus", type=with_novel, help="folder with moby_dick.txt[.gz], the validation novel"
     )
-    parser.add_argument("--model", default="landmark")
-    parser.add_argument("--corpus", help="folder with moby_dick.txt[.gz], the validation novel")
     parser.add_argument(
         "--lengths",
         type=length_of,
@@ -157,18 +152,14 @@ def main() -> None:
         metavar="TOKENS:READINGS",
         help="default: " + " ".join(f"{tokens}:{readings}" for tokens, readings in LENGTHS),
     )
-    parser.add_argument("--variants", type=int, default=10, help="readings a variant, the shortest")
-    parser.add_argument("--jobs", type=int, default=2, help="readings at a time")
-    parser.add_argument("--threads", type=int, default=1, help="threads a reading")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--variants", type=at_least(0), default=10, help="readings a variant, the shortest"
+    )
+    parser.add_argument("--jobs", type=at_least(1), default=2, help="readings at a time")
+    parser.add_argument("--threads", type=at_least(1), default=1, help="threads a reading")
+    parser.add_argument("--seed", type=at_least(0), default=0)
     a = parser.parse_args()
-    try:
-        kinds = ["source", "words"]
-        if a.corpus:
-            _novel(a.corpus)
-            kinds.insert(0, "novel")
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
+    kinds = [*(["novel"] if a.corpus else []), "source", "words"]
     seeds = count(a.seed, 1000)
     jobs = [
         Job(a.model, a.corpus, kinds[i % len(kinds)], "trained", tokens, next(seeds), True)

@@ -13,7 +13,6 @@ python -m bench.perplexity --corpus texts
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import multiprocessing
@@ -27,12 +26,16 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from bench.reading import of_landmark, reading
+from bench.arguments import Parser, at_least, folder, of_landmark
+from bench.reading import reading, standard_error
 from model import checkpoint
 from model.config import ModelConfig
-from model.data import read_text
+from model.data import read_text, text_named
 from model.generate import PIECE
 from model.landmark_stream import Retrieval
+
+SHORTEST = 512
+"""Bytes of the first context; the others double it."""
 
 
 @dataclass(frozen=True)
@@ -82,32 +85,32 @@ def bits(job: Job) -> float:
 
 def main() -> None:
     """Score, print a row a context length; the last line is JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser("perplexity", __doc__)
     parser.add_argument("--model", type=of_landmark, default="landmark")
-    parser.add_argument("--corpus", type=Path, required=True)
+    parser.add_argument("--corpus", type=folder, required=True)
     parser.add_argument("--text", default="great_expectations", help="the text's name")
-    parser.add_argument("--targets", type=int, default=96)
-    parser.add_argument("--score", type=int, default=256, help="bytes scored a target")
-    parser.add_argument("--longest", type=int, default=64 * 1024)
+    parser.add_argument("--targets", type=at_least(2), default=96)
+    parser.add_argument("--score", type=at_least(1), default=256, help="bytes scored a target")
+    parser.add_argument("--longest", type=at_least(SHORTEST), default=64 * 1024)
     parser.add_argument("--near", type=int, help="blocks always attended to (default: the model's)")
     parser.add_argument(
         "--top-k", type=int, help="older blocks a head finds (default: the model's)"
     )
-    parser.add_argument("--jobs", type=int, default=2, help="targets at a time, a thread each")
+    parser.add_argument(
+        "--jobs", type=at_least(1), default=2, help="targets at a time, a thread each"
+    )
     a = parser.parse_args()
-    if a.targets < 2 or min(a.score, a.jobs) < 1 or a.longest < 512:
-        parser.error("at least --targets 2, --score 1, --jobs 1 and --longest 512")
-    if not a.corpus.is_dir():
-        parser.error(f"--corpus {a.corpus} is not a folder")
     config = load(a.model).config
-    paths = [p for p in a.corpus.iterdir() if p.name.split(".")[0] == a.text]
-    if not paths:
-        parser.error(f"no text named {a.text!r} in {a.corpus}")
-    path = paths[0]
     near = config.near if a.near is None else a.near
     k = config.top_k if a.top_k is None else a.top_k
     sight = sight_of(config, near + k)
     try:
+        path = text_named(a.corpus, a.text)
+        length = len(load_text(path))
+        if a.score >= SHORTEST:
+            raise ValueError(f"--score {a.score} leaves no context of {SHORTEST} bytes")
+        if a.longest + a.score > length:
+            raise ValueError(f"{a.text} has {length:,} bytes: too few for --longest {a.longest:,}")
         base = Retrieval(k, near, config.segment)
     except ValueError as reason:
         parser.error(str(reason))
@@ -116,9 +119,9 @@ def main() -> None:
         "window": replace(base, search=False),
         "k=0": replace(base, top_k=0, near=0),
     }
-    places = np.linspace(a.longest, len(load_text(path)) - a.score, a.targets).astype(int)
+    places = np.linspace(a.longest, length - a.score, a.targets).astype(int)
     began = time.perf_counter()
-    lengths = [512 * 2**i for i in range(20) if 512 * 2**i <= a.longest]
+    lengths = [SHORTEST * 2**i for i in range(20) if SHORTEST * 2**i <= a.longest]
     jobs = [
         Job(a.model, path, way, length, int(place), a.score)
         for length in lengths
@@ -136,15 +139,15 @@ def main() -> None:
             for name in ways:
                 if name == "retrieval" or length < 2 * sight:
                     scores[name] = np.array([next(results) for _ in places])
-            gain = scores["retrieval"] - scores["window"]
-            error = float(gain.std(ddof=1) / math.sqrt(len(gain)))
+            more = scores["retrieval"] - scores["window"]
+            error = standard_error(more)
             row = {name: round(float(scores[name].mean()), 4) for name in ways}
             rows.append(
                 {"context": length, "n": a.targets, **row}
-                | {"gain": round(float(gain.mean()), 4), "gain_error": round(error, 4)}
+                | {"difference": round(float(more.mean()), 4), "standard_error": round(error, 4)}
             )
             print(f"{length:>8} " + " ".join(f"{row[name]:>10.4f}" for name in ways), end="")
-            print(f"   {gain.mean():+.4f}, standard error {error:.4f}", flush=True)
+            print(f"   {more.mean():+.4f}, standard error {error:.4f}", flush=True)
     report = {"bench": "perplexity", "model": a.model, "text": a.text, "near": near, "top_k": k}
     minutes = round((time.perf_counter() - began) / 60, 1)
     print(json.dumps(report | {"rows": rows, "minutes": minutes}))

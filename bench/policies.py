@@ -1,13 +1,14 @@
 """What an eviction policy costs a step: 128 skewed hits, then 64 victims chosen and replaced.
 
-`python -m bench.policies`. Times are microseconds of CPU a batch, medians over the run; `step` is
-the mean of a whole step, which has the rare long calls (compaction) in it; `longest` is the longest
-call. The baseline is the fastest per-slot LRU in Python, an OrderedDict. The last line is JSON.
+Times are microseconds of CPU a batch, medians over the run; `step` is the mean of a whole step,
+which has the rare long calls (compaction) in it; `longest` is the longest call. The baseline is the
+fastest per-slot LRU in Python, an OrderedDict.
+
+python -m bench.policies
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from collections import OrderedDict
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from bench.arguments import Parser, at_least
 from kvstore.policy import POLICIES, make_policy
 
 HITS = 128
@@ -80,9 +82,9 @@ def row(policy: str, slots: int, times: np.ndarray, names: tuple[str, ...]) -> d
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--slots", type=int, nargs="+", default=[4096, 65536, 1 << 20])
-    parser.add_argument("--steps", type=int, default=20000)
+    parser = Parser("policies", __doc__)
+    parser.add_argument("--slots", type=at_least(2), nargs="+", default=[4096, 65536, 1 << 20])
+    parser.add_argument("--steps", type=at_least(1), default=20000)
     options = parser.parse_args()
     rows = []
     print("".join(f"{column:>12}" for column in COLUMNS))

@@ -34,6 +34,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
+from bench.arguments import Parser, at_least
 from bench.changes import SMALL, State
 from kvstore import KVStoreError
 from kvstore.promises import DURABILITIES
@@ -264,14 +265,10 @@ def cuts(count: int, changes: int, seed: int, durability: str, console: Console)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.powerloss",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--cuts", type=int, default=300, help="how often the power is cut")
-    parser.add_argument("--changes", type=int, default=60, help="how many changes are made")
-    parser.add_argument("--seed", type=int, default=0)
+    parser = Parser("powerloss", __doc__)
+    parser.add_argument("--cuts", type=at_least(1), default=300, help="how often the power is cut")
+    parser.add_argument("--changes", type=at_least(1), default=60, help="how many changes are made")
+    parser.add_argument("--seed", type=at_least(0), default=0)
     parser.add_argument("--durability", choices=tuple(DURABILITIES), default="sync")
     parser.add_argument("--work", metavar="DIR", help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -9,23 +9,22 @@ python -m bench.precision --corpus texts
 
 from __future__ import annotations
 
-import argparse
 import json
 import multiprocessing
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from bench import passkey, perplexity
-from bench.reading import interval, of_landmark, reading
+from bench.arguments import Parser, at_least, folder, of_landmark
+from bench.reading import interval, reading, standard_error
 from kvstore.mixed_codec import MixedCodec
 from kvstore.promises import PRECISIONS
 from model import checkpoint
-from model.data import read_text
+from model.data import read_text, text_named
 from model.generate import prefill
 from model.landmark_stream import Retrieval
 
@@ -76,23 +75,28 @@ def codecs(model: str, text: bytes, n: int) -> list[dict[str, Any]]:
 
 def main() -> None:
     """Measure, print a row a precision; the last line is JSON."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.precision",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("precision", __doc__)
     parser.add_argument("--model", type=of_landmark, default="landmark")
-    parser.add_argument("--corpus", type=Path, required=True, help="folder with the novels")
-    parser.add_argument("--tokens", type=int, default=2**16, help="read for pass keys")
-    parser.add_argument("--keys", type=int, default=10, help="pass keys a precision")
-    parser.add_argument("--context", type=int, default=2**14, help="read for bits per byte")
-    parser.add_argument("--targets", type=int, default=32, help="of bits per byte a precision")
-    parser.add_argument("--jobs", type=int, default=2, help="readings at a time, a thread each")
-    parser.add_argument("--n", type=int, default=5, help="how often coding is timed")
+    parser.add_argument("--corpus", type=folder, required=True, help="folder with the novels")
+    parser.add_argument("--tokens", type=at_least(512), default=2**16, help="read for pass keys")
+    parser.add_argument("--keys", type=at_least(1), default=10, help="pass keys a precision")
+    parser.add_argument(
+        "--context", type=at_least(512), default=2**14, help="read for bits per byte"
+    )
+    parser.add_argument(
+        "--targets", type=at_least(2), default=32, help="of bits per byte a precision"
+    )
+    parser.add_argument(
+        "--jobs", type=at_least(1), default=2, help="readings at a time, a thread each"
+    )
+    parser.add_argument("--n", type=at_least(1), default=5, help="how often coding is timed")
     a = parser.parse_args()
     torch.set_num_threads(1)
-    path = next(p for p in a.corpus.iterdir() if p.name.startswith("great_expectations"))
-    text = read_text(path)
+    try:
+        path = text_named(a.corpus, "great_expectations")
+        text = read_text(path)
+    except ValueError as error:
+        parser.error(str(error))
     report: dict[str, Any] = {"bench": "precision", "model": a.model}
     report["codecs"] = codecs(a.model, text[: 2**16].tobytes(), a.n)
     config = checkpoint.load(a.model).config
@@ -125,7 +129,7 @@ def main() -> None:
                 "tokens": a.tokens,
                 "bits_per_byte": float(bits.mean()),
                 "more_than_exact": float(more.mean()),
-                "standard_error": float(more.std(ddof=1) / np.sqrt(len(more))),
+                "standard_error": standard_error(more),
                 "context": a.context,
                 "targets": a.targets,
             }

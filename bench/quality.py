@@ -11,7 +11,6 @@ python -m bench.quality --corpus texts --models window.safetensors landmark gca 
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import multiprocessing
@@ -27,8 +26,10 @@ from rich.console import Console
 from rich.progress import Progress
 from torch.nn import functional as F
 
+from bench.arguments import Parser, at_least, folder, of_any, picture
 from bench.perplexity import load, load_text
-from bench.reading import reading
+from bench.reading import reading, standard_error
+from model.data import text_named
 from model.families import family_of
 from model.generate import PIECE
 
@@ -118,43 +119,41 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 def main() -> int:
     """Score, print a row a context length; the last line is JSON."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.quality",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = Parser("quality", __doc__)
+    parser.add_argument(
+        "--models", type=of_any, nargs="+", required=True, help="shipped names or checkpoints"
     )
-    parser.add_argument("--models", nargs="+", required=True, help="shipped names or checkpoints")
     parser.add_argument(
         "--controls", nargs="+", default=[], metavar="MODEL",
         help="models of which what stands for a search is scored, too",
     )  # fmt: skip
-    parser.add_argument("--corpus", type=Path, required=True)
+    parser.add_argument("--corpus", type=folder, required=True)
     parser.add_argument("--text", default="great_expectations", help="the text's name")
-    parser.add_argument("--lengths", type=int, nargs="+", default=list(LENGTHS))
-    parser.add_argument("--excerpts", type=int, default=32)
-    parser.add_argument("--score", type=int, default=512, help="bytes scored of each")
-    parser.add_argument("--jobs", type=int, default=2, help="readings at a time, a thread each")
-    parser.add_argument("--plot", type=Path, help="write the figures as a picture")
+    parser.add_argument("--lengths", type=at_least(1), nargs="+", default=list(LENGTHS))
+    parser.add_argument("--excerpts", type=at_least(1), default=32)
+    parser.add_argument("--score", type=at_least(1), default=512, help="bytes scored of each")
+    parser.add_argument(
+        "--jobs", type=at_least(1), default=2, help="readings at a time, a thread each"
+    )
+    parser.add_argument("--plot", type=picture, help="write the figures as a picture")
     a = parser.parse_args()
-    if min(a.excerpts, a.score, a.jobs) < 1:
-        parser.error("--excerpts, --score and --jobs must be at least 1")
     began = time.perf_counter()
     try:
-        paths = [p for p in a.corpus.iterdir() if p.name.split(".")[0] == a.text]
-        if not paths:
-            raise ValueError(f"no text named {a.text!r} in {a.corpus}")
-        room = len(load_text(paths[0])) - a.score
+        path = text_named(a.corpus, a.text)
+        room = len(load_text(path)) - a.score
         for length in a.lengths:
             if not a.score <= length <= room:
                 raise ValueError(f"length {length} must be between {a.score} and {room}")
+        if len({Path(name).stem for name in a.models}) < len(a.models):
+            raise ValueError("--models must be files of different names, which the rows are called")
         if others := set(a.controls) - set(a.models):
             raise ValueError(f"--controls: {min(others)} is not among --models")
         ways = {name: ways_of(name, name in a.controls) for name in a.models}
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
+    except ValueError as wrong:
+        parser.error(str(wrong))
     places = np.linspace(max(a.lengths), room, a.excerpts).astype(int).tolist()
     jobs = [
-        Job(name, tuple(ways[name].values()), paths[0], group[0] + a.score - length, group, a.score)
+        Job(name, tuple(ways[name].values()), path, group[0] + a.score - length, group, a.score)
         for length in a.lengths
         for name in a.models
         for group in together(places, length)
@@ -180,13 +179,14 @@ def main() -> int:
                 columns = np.array(list(chain.from_iterable(scores))).T
                 for how, found in zip(ways[name], columns, strict=True):
                     first = found if first is None else first
-                    gain = found - first
-                    spread = float(gain.std(ddof=1) / math.sqrt(len(gain))) if len(gain) > 1 else 0
+                    more = found - first
+                    error = standard_error(more)
                     row = {"context": length, "model": how, "bits": float(found.mean())}
-                    table.append(row | {"gain": float(gain.mean()), "gain_error": spread})
+                    row |= {"difference": float(more.mean()), "standard_error": error}
+                    table.append(row)
                     print(
                         f"{length:>8} {how:>24} {found.mean():.4f}"
-                        f"  {gain.mean():+.4f} ± {spread:.4f}",
+                        f"  {more.mean():+.4f} ± {error:.4f}",
                         flush=True,
                     )
     if a.plot:

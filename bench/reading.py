@@ -2,31 +2,21 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
 from math import sqrt
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from kvstore.config import IndexConfig, StoreConfig
 from kvstore.store import Store
-from model import checkpoint
 from model.families import family_of
 from model.stream import Stream
 
 SHARES = (1 / 32, 1 / 8)
 """Hot and warm tier as shares of the whole cache: 32 MiB and 128 MiB of 1 GiB."""
-
-
-def of_landmark(name: str) -> str:
-    """Read the name of a model with Landmark Attention, for benches that measure nothing else."""
-    try:
-        family = checkpoint.load(name).config.family
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    if family != "landmark":
-        raise argparse.ArgumentTypeError(f"{name!r} is of family {family!r}, not 'landmark'")
-    return name
 
 
 def cache_bytes(model: Any, tokens: int) -> int:
@@ -61,6 +51,11 @@ def reading(
     with Store(layout.spec, store_config) as store:
         context = store.context(None, streams=layout.streams, landmark_dim=layout.landmark_dim)
         yield read_with(model, context, retrieval)
+
+
+def standard_error(values: NDArray[np.floating[Any]]) -> float:
+    """Return that of the mean; of a single value 0."""
+    return float(values.std(ddof=1) / sqrt(len(values))) if len(values) > 1 else 0.0
 
 
 def interval(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:

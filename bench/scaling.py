@@ -9,7 +9,6 @@ python -m bench.scaling --model gca --plot docs/scaling.png
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import time
@@ -21,6 +20,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
+from bench.arguments import Parser, at_least, of_any, picture
 from bench.decode import matmul_rate
 from bench.index import measure
 from bench.reading import SHARES, cache_bytes, reading
@@ -37,12 +37,13 @@ SEGMENT = 1024
 
 
 def listen(stream: Stream) -> list[Tensor]:
-    """Note the queries [m, dim] that are asked of a stream's first index from now on."""
+    """Note the queries [m, dim] that are asked of the first series of blocks from now on."""
     heard: list[Tensor] = []
     search = stream.context.index.search
 
     def heard_search(streams: Any, queries: Tensor, *args: Any, **kwargs: Any) -> Any:
-        heard.append(queries[0].clone())
+        if streams.start == 0:  # every layer asks for a slice of its own
+            heard.append(queries[0].clone())
         return search(streams, queries, *args, **kwargs)
 
     stream.context.index.search = heard_search  # type: ignore[method-assign]
@@ -155,39 +156,32 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 def main() -> None:
     """Measure each length, print a row for it; the last line is JSON."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.scaling",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--model", default="gca")
+    parser = Parser("scaling", __doc__)
+    parser.add_argument("--model", type=of_any, default="gca")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--lengths", type=int, nargs="+", default=list(LENGTHS))
-    parser.add_argument("--steps", type=int, default=256, help="tokens written at each length")
+    parser.add_argument("--lengths", type=at_least(2048), nargs="+", default=list(LENGTHS))
+    parser.add_argument(
+        "--steps", type=at_least(16), default=256, help="tokens written at each length"
+    )
     parser.add_argument("--index", choices=("auto", "exact", "hnsw"), default="hnsw")
-    parser.add_argument("--plot", type=Path, help="write the figures as a picture")
+    parser.add_argument("--plot", type=picture, help="write the figures as a picture")
     a = parser.parse_args()
-    if a.steps < 16:
-        parser.error(f"--steps must be at least 16, not {a.steps}")
     report: dict[str, Any] = {"bench": "scaling", "model": a.model, "shares": SHARES}
     report["index"] = a.index
     report |= {"threads": torch.get_num_threads(), "matmul_gflop_s": round(matmul_rate())}
     rows = []
-    try:
-        for tokens in a.lengths:
-            row = length(a.model, tokens, a.steps, a.device, a.index)
-            rows.append(row)
-            print(
-                f"{tokens:>9} tokens: read {row['prefill_tokens_per_s']:.0f} tokens/s,"
-                f" written {row['write_ms_per_token']:.2f} ms a token ({row['kind']});"
-                f" {row['landmarks']} landmarks, a query {row['hnsw_us']:.0f} us by HNSW"
-                f" (recall {row['recall']:.3f}), {row['exact_us']:.0f} us exactly;"
-                f" {row['anonymous_bytes'] / 2**20:.0f} MiB anonymous of a cache of"
-                f" {row['cache_bytes'] / 2**20:.0f}",
-                flush=True,
-            )
-    except ValueError as error:
-        parser.error(str(error))
+    for tokens in a.lengths:
+        row = length(a.model, tokens, a.steps, a.device, a.index)
+        rows.append(row)
+        print(
+            f"{tokens:>9} tokens: read {row['prefill_tokens_per_s']:.0f} tokens/s,"
+            f" written {row['write_ms_per_token']:.2f} ms a token ({row['kind']});"
+            f" {row['landmarks']} landmarks, a query {row['hnsw_us']:.0f} us by HNSW"
+            f" (recall {row['recall']:.3f}), {row['exact_us']:.0f} us exactly;"
+            f" {row['anonymous_bytes'] / 2**20:.0f} MiB anonymous of a cache of"
+            f" {row['cache_bytes'] / 2**20:.0f}",
+            flush=True,
+        )
     first, last = rows[0], rows[-1]
     report |= {
         "rows": rows,

@@ -13,7 +13,6 @@ python -m bench.soak --seconds 3600 --readers 0 --large
 
 from __future__ import annotations
 
-import argparse
 import json
 import multiprocessing
 import random
@@ -28,6 +27,7 @@ from typing import Any
 import psutil
 import torch
 
+from bench.arguments import Parser, at_least, duration
 from bench.changes import LARGE, SMALL, State, Work
 from kvstore import KVStoreError
 from kvstore.heap import give_back
@@ -119,14 +119,10 @@ def read(directory: Path, work: Work, stop: Event, told: Any) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.soak",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--seconds", type=float, default=600)
-    parser.add_argument("--readers", type=int, default=8)
-    parser.add_argument("--seed", type=int, default=0)
+    parser = Parser("soak", __doc__)
+    parser.add_argument("--seconds", type=duration, default=600)
+    parser.add_argument("--readers", type=at_least(0), default=8)
+    parser.add_argument("--seed", type=at_least(0), default=0)
     parser.add_argument("--large", action="store_true", help="320 MiB in memory, blocks of 32 KiB")
     args = parser.parse_args()
     work = LARGE if args.large else SMALL

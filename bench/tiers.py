@@ -1,9 +1,9 @@
 """What the store costs over the bare copies, reads and writes that it cannot do without.
 
-`python -m bench.tiers`. Each row is a pair measured in turns within one run on the same bytes;
-rates are GB/s of uncompressed blocks (1e9 B), medians over the turns, and `ratio` is the median of
-the turns' ratios, store over baseline. What runs on one thread is measured in that thread's CPU
-time, since nothing is waited for: the files are in the page cache. Ingest is timed by the clock.
+Each row is a pair measured in turns within one run on the same bytes; rates are GB/s of
+uncompressed blocks (1e9 B), medians over the turns, and `ratio` is the median of the turns' ratios,
+store over baseline. What runs on one thread is measured in that thread's CPU time, since nothing is
+waited for: the files are in the page cache. Ingest is timed by the clock.
 
 - warm to hot: a fetch whose blocks all lie in warm, against `index_select` of the same blocks into
   the next part of a tensor as large as the hot tier. Once where the fetch before had all its blocks
@@ -15,12 +15,11 @@ time, since nothing is waited for: the files are in the page cache. Ingest is ti
   compressed before, to LMDB in batches of the same size, and syncing.
 - lookups: microseconds of a fetch that finds all its blocks in hot: 8 heads x 16 blocks.
 
-The last line is JSON.
+python -m bench.tiers
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import statistics
@@ -28,7 +27,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import lmdb
@@ -36,6 +34,7 @@ import numpy as np
 import torch
 import zstandard
 
+from bench.arguments import Parser, at_least, folder
 from kvstore.block import BlockSpec
 from kvstore.codec import Codec
 from kvstore.config import StoreConfig
@@ -243,9 +242,13 @@ def lookups(policy: str, turns: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--turns", type=int, default=60, help="how often each pair is measured")
-    parser.add_argument("--directory", type=Path, help="where the files go (default: the system's)")
+    parser = Parser("tiers", __doc__)
+    parser.add_argument(
+        "--turns", type=at_least(2), default=60, help="how often each pair is measured"
+    )
+    parser.add_argument(
+        "--directory", type=folder, help="where the files go (default: the system's)"
+    )
     args = parser.parse_args()
     if args.directory:
         tempfile.tempdir = str(args.directory)

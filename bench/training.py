@@ -7,11 +7,12 @@ python -m bench.training runs/landmark/log.jsonl --plot docs/training.png
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 from pathlib import Path
 from typing import Any
+
+from bench.arguments import Parser, picture
 
 Point = tuple[int, float]  # a step, and what was measured at it
 
@@ -93,13 +94,9 @@ def draw(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
 
 def main() -> int:
     """Draw the curves; the last line is JSON: where each run ended."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.training",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("training", __doc__)
     parser.add_argument("logs", type=Path, nargs="+", help="log.jsonl of the runs' folders")
-    parser.add_argument("--plot", type=Path, required=True, help="write the picture here")
+    parser.add_argument("--plot", type=picture, required=True, help="write the picture here")
     a = parser.parse_args()
     try:
         runs = {path.resolve().parent.name: load(path) for path in a.logs}

@@ -143,6 +143,8 @@ class GCAConfig:
             _whole(name, getattr(self, name))
         for name in ("lower", "near", "top_k", "segment", "lag"):
             _whole(name, getattr(self, name), least=0)
+        if not self.lag and self.reach < 2:
+            raise ValueError("reach must be at least 2 where lag is 0: keys are of bytes before")
         if self.lag >= self.block_size:
             raise ValueError(f"lag {self.lag} must be below the block size {self.block_size}")
         if self.softmax not in ("chunk", "found"):

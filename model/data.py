@@ -68,6 +68,14 @@ class Corpus:
         return np.resize(text[start : start + length], length)
 
 
+def text_named(folder: Path, name: str) -> Path:
+    """Return the path of a folder's text. Raises ValueError if there is none."""
+    for path in (folder / f"{name}.txt", folder / f"{name}.txt.gz"):
+        if path.is_file():
+            return path
+    raise ValueError(f"no {name}.txt or {name}.txt.gz in {folder}")
+
+
 def read_text(path: Path) -> Bytes:
     """Read a text file, gzip-compressed or plain, as bytes."""
     raw = path.read_bytes()

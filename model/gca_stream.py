@@ -7,6 +7,7 @@ to: while a text is read they wait, and run over its last chunks when a predicti
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass, replace
 from math import gcd
 
@@ -29,7 +30,7 @@ of the training. Searching for each, it copies the last digits of a key wrong mo
 """
 
 AT_ONCE = 256
-"""Searches whose chunks are copied out together; each takes top_k blocks of memory, thrice."""
+"""Searches whose chunks are copied out together; each takes near + top_k blocks, thrice."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class GCAStream(Stream):
     def answering(self) -> ChunkRetrieval:
         """See `Stream.answering`."""
         way: ChunkRetrieval = self.retrieval
-        return replace(way, segment=gcd(ANSWERING, way.segment))
+        return replace(way, segment=gcd(ANSWERING, way.segment or self.model.config.block_size))
 
     @property
     def _local_layers(self) -> int:
@@ -227,6 +228,8 @@ class GCAStream(Stream):
                 x = x + layer.mlp(layer.mlp_norm(x + said))
                 window += 1
         self._found, self._weights = (torch.stack(each) for each in zip(*found, strict=True))
+        if rows.whole:
+            self._last_ids = []
         return x
 
     def _select(self, group: Group, x: Tensor, segments: Segments, g: int) -> tuple[Tensor, Tensor]:
@@ -247,7 +250,6 @@ class GCAStream(Stream):
     def _find(self, queries: Tensor, limits: Tensor, g: int) -> tuple[Tensor, Tensor]:
         """Find chunks below the limits [Q] for queries [Q, dim]: [Q, k], and their weights."""
         r, index = self.retrieval, self.context.index
-        count = len(queries)
         nearest = limits[:, None] - 1 - torch.arange(r.near, device=self.device)
         limits = (limits - r.near).clamp(min=0)
         if r.how == "search" and r.top_k:
@@ -256,9 +258,10 @@ class GCAStream(Stream):
         elif r.how == "recent" or not r.top_k:
             chunks = limits[:, None] - 1 - torch.arange(r.top_k, device=self.device)
         else:
-            generator = torch.Generator().manual_seed(self._read_to << 8 | g)
-            drawn = torch.rand(count, r.top_k, generator=generator).to(self.device)
-            chunks = torch.where(limits[:, None] > 0, (drawn * limits[:, None]).long(), -1)
+            draw = random.Random(self._read_to << 8 | g).sample
+            drawn = [draw(range(limit), min(limit, r.top_k)) for limit in limits.tolist()]
+            filled = [some + [-1] * (r.top_k - len(some)) for some in drawn]
+            chunks = torch.tensor(filled, device=self.device)
         chunks = torch.cat((nearest, chunks), dim=-1)
         absent = chunks < 0
         if absent.all():

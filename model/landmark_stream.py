@@ -61,7 +61,8 @@ class LandmarkStream(Stream):
     @staticmethod
     def retrieval_of(config: ModelConfig, top_k: int | None = None) -> Retrieval:
         """Return how a model searches, if nobody wants it otherwise."""
-        return Retrieval(top_k or config.top_k, config.near, config.segment)
+        k = config.top_k if top_k is None else top_k
+        return Retrieval(k, config.near, config.segment)
 
     @staticmethod
     def most_blocks(config: ModelConfig, retrieval: Retrieval) -> int:
@@ -116,6 +117,8 @@ class LandmarkStream(Stream):
                 retrieving += 1
             x = x + out
             x = x + layer.mlp(layer.mlp_norm(x))
+        if rows.whole:
+            self._last_ids = []
         return x[:, : rows.tokens].flatten(0, 1)
 
     def _behind(self, blocks: slice) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,6 +23,9 @@ from kvstore.context import Context
 from kvstore.errors import HotTierTooSmallError
 from kvstore.store import Store
 from model.layers import Frame, LocalAttention, merge_heads, rotate
+
+if TYPE_CHECKING:
+    from typing_extensions import Self  # typing has it from Python 3.11 on
 
 Clock = Callable[[int, float], None]
 """Told of every `read` and `skim`: tokens and seconds."""
@@ -286,7 +289,8 @@ class Stream(ABC):
     def _prefetch(self) -> None:
         """Ask for what the last step used, in time to come while the lower layers compute.
 
-        Token by token the choice changes little. A segment's choice says little of the next.
+        Token by token the choice changes little; that of whole blocks, of which `_step` keeps no
+        ids, says little of the next.
         """
         for ids in self._last_ids:
             self.store.prefetch(ids)

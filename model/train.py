@@ -10,23 +10,28 @@ import argparse
 import ctypes
 import json
 import time
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from numpy.typing import NDArray
+from torch import nn
 
 from model import checkpoint, train_gca, train_landmark
-from model.data import Corpus, Tasks, batch, read_text
+from model.data import Corpus, Tasks, batch, read_text, text_named
 from model.families import family_of
-from model.stages import learning_rate, stage_of
+from model.recipe import Recipe
+from model.stages import Stage, learning_rate, stage_of
+from model.training_state import check_identity, load_state, save_state
 
 RECIPES = {"landmark": train_landmark.RECIPE, "gca": train_gca.RECIPE}
-
+STATE = "state.safetensors"
+TEST = "great_expectations"
+"""The text that quality is reported on; never trained on."""
+SHORTEST = 2048
+"""Bytes that a text must have to be examined on."""
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
@@ -44,8 +49,6 @@ def keep_memory() -> None:
 
 def optimizers_of(model: nn.Module, rate: float) -> list[torch.optim.Optimizer]:
     """Return Muon (Jordan et al. 2024) for the layers' matrices and AdamW for everything else."""
-    if not hasattr(torch.optim, "Muon"):
-        raise ValueError(f"training needs torch 2.9 or newer, this is {torch.__version__}")
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, weight in model.named_parameters():
@@ -57,61 +60,71 @@ def optimizers_of(model: nn.Module, rate: float) -> list[torch.optim.Optimizer]:
     ]
 
 
-def save_state(
-    path: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], step: int
-) -> None:
-    """Write everything that a later run needs to go on after `step` steps."""
-    tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
-    for o, optimizer in enumerate(optimizers):
-        for i, entry in optimizer.state_dict()["state"].items():
-            named = {f"optimizer.{o}.{i}.{k}": torch.as_tensor(v) for k, v in entry.items()}
-            tensors |= named
-    partial = path.with_suffix(".partial")
-    save_file(tensors, partial, metadata={"step": str(step)})
-    partial.replace(path)
+@dataclass(frozen=True)
+class Plan:
+    """A training whose settings have been checked: what it follows from, and where it goes."""
+
+    arguments: argparse.Namespace
+    recipe: Recipe
+    config: Any
+    curriculum: tuple[Stage, ...]
+    corpus: Corpus
+    validation: NDArray[np.uint8]
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Everything that the weights follow from, besides the code."""
+        a = self.arguments
+        texts = zip(self.corpus.paths, self.corpus.texts, strict=True)
+        return {
+            "config": self.config.to_dict(),
+            "seed": a.seed,
+            "lr": a.lr,
+            "share": a.share,
+            "corpus": {path.name: len(text) for path, text in texts},
+            "curriculum": [asdict(stage) for stage in self.curriculum],
+        }
 
 
-def load_state(path: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> int:
-    """Read back what `save_state` wrote; return after how many steps that was."""
-    with safe_open(path, framework="pt") as file:
-        step = int(file.metadata()["step"])
-    weights: dict[str, Tensor] = {}
-    states: list[dict[int, dict[str, Tensor]]] = [{} for _ in optimizers]
-    for key, value in load_file(path).items():
-        if key.startswith("optimizer."):
-            _, o, i, name = key.split(".")
-            states[int(o)].setdefault(int(i), {})[name] = value
-        else:
-            weights[key.removeprefix("model.")] = value
-    model.load_state_dict(weights)
-    for optimizer, state in zip(optimizers, states, strict=True):
-        optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
-    return step
-
-
-def train(arguments: argparse.Namespace) -> None:
-    """Run the curriculum from where --run stands to its end, then write --out."""
-    device = torch.device(arguments.device)
-    held_out = [n for n in (arguments.validation, *arguments.leave_out) if n]
-    corpus = Corpus(arguments.corpus, tuple(held_out))
-    paths = [p for p in arguments.corpus.iterdir() if p.name.split(".")[0] == arguments.validation]
-    if not paths:
-        raise ValueError(f"no text named {arguments.validation!r} in {arguments.corpus}")
-    validation = read_text(paths[0])
-    tasks = Tasks(corpus)
-    torch.manual_seed(arguments.seed)
+def planned(arguments: argparse.Namespace) -> Plan:
+    """Check a training's settings; raise ValueError for what cannot be done."""
+    if not hasattr(torch.optim, "Muon"):
+        raise ValueError(f"training needs torch 2.9 or newer, this is {torch.__version__}")
+    for name in arguments.leave_out:
+        text_named(arguments.corpus, name)
+    validation = read_text(text_named(arguments.corpus, arguments.validation))
+    if len(validation) < SHORTEST:
+        raise ValueError(f"{arguments.validation!r} has {len(validation)} bytes, not {SHORTEST:,}")
     recipe = RECIPES[arguments.family]
     if not 0 < arguments.share <= 1:
         raise ValueError(f"--share must be above 0 and at most 1, not {arguments.share:g}")
+    if arguments.out is None and (arguments.set or arguments.share < 1):
+        raise ValueError("with --set or --share give --out, too: the shipped weights are no such")
     try:
         config = replace(recipe.config(), **dict(arguments.set))
     except TypeError as error:
         raise ValueError(f"--set: {error}") from None
+    for stage in recipe.curriculum:
+        if stage.length % config.block_size:
+            raise ValueError(f"block_size {config.block_size} must divide {stage.length} bytes")
     curriculum = tuple(
         replace(stage, steps=max(1, round(stage.steps * arguments.share)))
         for stage in recipe.curriculum
     )
-    model = family_of(config).network(config).to(device)
+    corpus = Corpus(arguments.corpus, (arguments.validation, TEST, *arguments.leave_out))
+    plan = Plan(arguments, recipe, config, curriculum, corpus, validation)
+    if (arguments.run / STATE).exists():
+        check_identity(arguments.run / STATE, plan.identity)
+    return plan
+
+
+def train(plan: Plan) -> None:
+    """Run the curriculum from where --run stands to its end, then write --out."""
+    arguments, recipe, curriculum = plan.arguments, plan.recipe, plan.curriculum
+    device = torch.device(arguments.device)
+    tasks = Tasks(plan.corpus)
+    torch.manual_seed(arguments.seed)
+    model = family_of(plan.config).network(plan.config).to(device)
     optimizers = optimizers_of(model, arguments.lr)
     peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     # A graph for each length and rhythm; beyond the limit, 8, it would run without.
@@ -119,7 +132,7 @@ def train(arguments: argparse.Namespace) -> None:
     forward = torch.compile(model, dynamic=False) if arguments.compile else model
     run: Path = arguments.run
     run.mkdir(parents=True, exist_ok=True)
-    state, log = run / "state.safetensors", run / "log.jsonl"
+    state, log = run / STATE, run / "log.jsonl"
     step, seconds = 0, 0.0
     if state.exists():
         step = load_state(state, model, optimizers)
@@ -158,14 +171,14 @@ def train(arguments: argparse.Namespace) -> None:
             losses.clear()
             if step % 250 == 0 or step == total:
                 model.eval()
-                line |= recipe.examine(model, validation, arguments.seed)
+                line |= recipe.examine(model, plan.validation, arguments.seed)
                 model.train()
             with log.open("a") as file:
                 file.write(json.dumps(line) + "\n")
-            save_state(state, model, optimizers, step)
+            save_state(state, model, optimizers, step, plan.identity)
             print(json.dumps(line), flush=True)
     info = {
-        "corpus": [p.name for p in corpus.paths],
+        "corpus": [p.name for p in plan.corpus.paths],
         "seed": arguments.seed,
         "steps": total,
         "bytes": sum(s.steps * s.count * s.length for s in curriculum),
@@ -173,8 +186,9 @@ def train(arguments: argparse.Namespace) -> None:
         "threads": torch.get_num_threads(),
         "share": arguments.share,
     }
-    checkpoint.save(model, arguments.out, info, recipe.written)
-    print(json.dumps({"out": str(arguments.out), **info}))
+    out = arguments.out or checkpoint.SHIPPED / f"{arguments.family}.safetensors"
+    checkpoint.save(model, out, info, recipe.written)
+    print(json.dumps({"out": str(out), **info}))
 
 
 def setting(given: str) -> tuple[str, Any]:
@@ -196,9 +210,14 @@ def main() -> int:
     parser.add_argument("family", choices=sorted(RECIPES))
     parser.add_argument("--corpus", type=Path, required=True, help="folder of *.txt or *.txt.gz")
     parser.add_argument("--validation", default="moby_dick", help="text to watch, not trained on")
-    parser.add_argument("--leave-out", nargs="*", default=["great_expectations"], metavar="NAME")
+    parser.add_argument(
+        "--leave-out", nargs="*", default=[], metavar="NAME",
+        help=f"texts not to be trained on, besides {TEST}",
+    )  # fmt: skip
     parser.add_argument("--run", type=Path, help="state and log (default: runs/FAMILY)")
-    parser.add_argument("--out", type=Path, help="the weights (default: the shipped ones)")
+    parser.add_argument(
+        "--out", type=Path, help="the weights (default: in the shipped ones' place)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument(
@@ -219,15 +238,14 @@ def main() -> int:
         help="do without torch.compile, which needs a C++ compiler and is 1.8 times as fast",
     )  # fmt: skip
     arguments = parser.parse_args()
-    family = arguments.family
-    arguments.run = arguments.run or Path("runs") / family
-    arguments.out = arguments.out or checkpoint.SHIPPED / f"{family}.safetensors"
+    arguments.run = arguments.run or Path("runs") / arguments.family
     torch.set_num_threads(arguments.threads)
     keep_memory()
     try:
-        train(arguments)
-    except ValueError as error:
+        plan = planned(arguments)
+    except ValueError as error:  # later ones would be bugs, and keep their traceback
         parser.error(str(error))
+    train(plan)
     return 0
 
 

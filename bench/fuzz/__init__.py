@@ -16,4 +16,6 @@ A fault is: an error that is not documented, an error for what is unchanged, ano
 written (where no checksum was made right again), a byte written where none belongs, a process that
 dies, more than 2 s of the processor for one input, or more memory than 512 MiB beyond what the
 process began with.
+
+python -m bench.fuzz --inputs 1000000 --seed 0
 """

@@ -1,8 +1,7 @@
 """Run inputs: owns the arguments, the child processes and the report.
 
-Children begin anew every 20,000 inputs. `python -m bench.fuzz --inputs 1000000 --seed 0`; `--only
-N` replays one input. Inputs/s are of the processor's time. The last line is JSON; the exit code is
-1 if there was a fault.
+Children begin anew every 20,000 inputs; `--only N` replays one input. Inputs/s are of the
+processor's time. The last line is JSON; the exit code is 1 if there was a fault.
 """
 
 from __future__ import annotations
@@ -33,6 +32,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 import bench.fuzz
+from bench.arguments import Parser, at_least
 from bench.fuzz.basis import Basis, make_basis
 from bench.fuzz.targets import SHARES, make_targets, run_one, target_of
 
@@ -248,11 +248,11 @@ def report(run: Run, args: argparse.Namespace, seconds: float, digest: str) -> d
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=bench.fuzz.__doc__.splitlines()[0])
-    parser.add_argument("--inputs", type=int, default=1_000_000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
-    parser.add_argument("--only", type=int, help="replay the input of this number")
+    parser = Parser("fuzz", bench.fuzz.__doc__)
+    parser.add_argument("--inputs", type=at_least(1), default=1_000_000)
+    parser.add_argument("--seed", type=at_least(0), default=0)
+    parser.add_argument("--jobs", type=at_least(1), default=1, help="processes at a time")
+    parser.add_argument("--only", type=at_least(0), help="replay the input of this number")
     args = parser.parse_args()
     torch.set_num_threads(1)
     console = Console()

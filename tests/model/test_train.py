@@ -6,6 +6,7 @@ import argparse
 import ctypes
 import json
 import math
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -66,7 +67,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def setting(texts: Path, folder: Path) -> argparse.Namespace:
     return argparse.Namespace(
-        family="landmark", corpus=texts, validation="moby_dick", leave_out=["great_expectations"],
+        family="landmark", corpus=texts, validation="moby_dick", leave_out=[],
         run=folder / "run", out=folder / "out.safetensors", seed=3, lr=1e-2, threads=1,
         device="cpu", compile=False, share=1.0, set=[],
     )  # fmt: skip
@@ -84,7 +85,7 @@ def whole(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> argparse.Nam
     arguments = setting(texts, tmp_path_factory.mktemp("whole"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(train.RECIPES, "landmark", QUICK)
-        train.train(arguments)
+        train.train(train.planned(arguments))
     return arguments
 
 
@@ -103,7 +104,7 @@ def train_until(step: int, arguments: argparse.Namespace) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "batch", batch)
         with pytest.raises(StoppedError):
-            train.train(arguments)
+            train.train(train.planned(arguments))
 
 
 def losses(arguments: argparse.Namespace) -> list[tuple[object, object]]:
@@ -136,12 +137,12 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(
         train_until(stop, arguments)
         assert not arguments.out.exists()
     torch.manual_seed(99)  # what other code draws in between does not matter
-    train.train(arguments)
+    train.train(train.planned(arguments))
     assert_same_weights(whole.out, arguments.out)
     assert losses(arguments) == losses(whole)
 
     arguments.out.unlink()
-    train.train(arguments)  # at its end a run only writes its weights once more
+    train.train(train.planned(arguments))  # at its end a run only writes its weights once more
     assert_same_weights(whole.out, arguments.out)
     assert losses(arguments) == losses(whole)
 
@@ -165,9 +166,59 @@ def test_a_log_ahead_of_the_state_is_cut(
     train_until(51, arguments)
     log = arguments.run / "log.jsonl"
     log.write_text(log.read_text() + json.dumps({"step": 100, "seconds": 9.0}) + "\n")
-    train.train(arguments)
+    train.train(train.planned(arguments))
     assert losses(arguments) == losses(whole)
     assert_same_weights(whole.out, arguments.out)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("seed", 4, "seed"),
+        ("lr", 2e-2, "lr"),
+        ("share", 0.5, "share and curriculum"),
+        ("set", [("near", 3)], "config"),
+    ],
+)
+def test_a_run_with_other_settings_is_not_gone_on_with(
+    whole: argparse.Namespace, name: str, value: object, said: str
+) -> None:
+    assert train.planned(whole)
+    arguments = argparse.Namespace(**vars(whole) | {name: value})
+    with pytest.raises(ValueError, match=f"in {whole.run} was begun with another {said}:"):
+        train.planned(arguments)
+
+
+def test_a_run_on_other_texts_is_not_gone_on_with(
+    whole: argparse.Namespace, tmp_path: Path
+) -> None:
+    corpus = shutil.copytree(whole.corpus, tmp_path / "texts")
+    (corpus / "other.txt").write_text("Call me Ishmael. ")
+    arguments = argparse.Namespace(**vars(whole) | {"corpus": corpus})
+    with pytest.raises(ValueError, match="was begun with another corpus:"):
+        train.planned(arguments)
+    arguments.leave_out = ["other"]
+    assert train.planned(arguments)
+
+
+def test_what_is_no_state_is_refused(arguments: argparse.Namespace) -> None:
+    arguments.run.mkdir()
+    (arguments.run / train.STATE).write_text("nonsense")
+    with pytest.raises(ValueError, match="is not the state of a training"):
+        train.planned(arguments)
+
+
+def test_shipped_weights_are_not_replaced_by_those_of_a_comparison(
+    arguments: argparse.Namespace,
+) -> None:
+    arguments.out = None
+    assert train.planned(arguments)
+    arguments.share = 0.5
+    with pytest.raises(ValueError, match="give --out, too"):
+        train.planned(arguments)
+    arguments.share, arguments.set = 1.0, [("near", 3)]
+    with pytest.raises(ValueError, match="give --out, too"):
+        train.planned(arguments)
 
 
 def test_training_learns_and_another_seed_learns_otherwise(
@@ -192,19 +243,26 @@ def test_each_stage_draws_its_own_mixture(arguments: argparse.Namespace) -> None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "batch", batch)
         with pytest.raises(StoppedError):
-            train.train(arguments)
+            train.train(train.planned(arguments))
     assert [at for at, *_ in mixtures] == list(range(72))
     assert mixtures[69] == (69, 0.6, 0.0, False, 2, 128, 0)
     assert mixtures[70] == (70, 0.5, 0.5, True, 3, 160, 2)
 
 
 def test_wrong_corpora_are_refused(arguments: argparse.Namespace, tmp_path: Path) -> None:
-    arguments.validation = "unknown"
-    with pytest.raises(ValueError, match="no text named 'unknown'"):
-        train.train(arguments)
+    arguments.corpus = shutil.copytree(arguments.corpus, tmp_path / "texts")
+    (arguments.corpus / "short.txt").write_text("It was. " * 10)
+    for name, says in (("unknown", r"no unknown.txt or unknown.txt.gz in "), ("short", "80 bytes")):
+        arguments.validation = name
+        with pytest.raises(ValueError, match=says):
+            train.train(train.planned(arguments))
+    arguments.validation = "moby_dick"
+    arguments.leave_out = ["mobby_dick"]
+    with pytest.raises(ValueError, match=r"no mobby_dick.txt or mobby_dick.txt.gz in "):
+        train.train(train.planned(arguments))
     arguments.corpus = tmp_path / "nowhere"
     with pytest.raises(ValueError, match="nowhere"):
-        train.train(arguments)
+        train.train(train.planned(arguments))
 
 
 def test_the_learning_rate_rises_and_falls() -> None:
@@ -347,7 +405,7 @@ def test_grouped_cross_attention_is_trained_by_the_same_loop(
         if stop:
             train_until(stop, arguments)
             torch.randn(7)
-        train.train(arguments)
+        train.train(train.planned(arguments))
         runs.append(arguments)
     assert losses(runs[0]) == losses(runs[1])
     assert_same_weights(runs[0].out, runs[1].out)
@@ -364,7 +422,7 @@ def test_a_model_of_other_sizes_for_a_share_of_the_steps(
     arguments: argparse.Namespace, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments.share, arguments.set = 0.25, [train.setting("top_k=1"), train.setting("near=3")]
-    train.train(arguments)
+    train.train(train.planned(arguments))
     model = checkpoint.load(str(arguments.out))
     assert (model.config.top_k, model.config.near, model.config.width) == (1, 3, TINY["width"])
     steps = sum(max(1, round(stage.steps / 4)) for stage in CURRICULUM)
@@ -377,10 +435,10 @@ def test_a_model_of_other_sizes_for_a_share_of_the_steps(
     ):
         arguments.set = [train.setting(given)]
         with pytest.raises(ValueError, match=says):
-            train.train(arguments)
+            train.train(train.planned(arguments))
     arguments.set, arguments.share = [], 0.0
     with pytest.raises(ValueError, match="--share must be above 0"):
-        train.train(arguments)
+        train.train(train.planned(arguments))
     with pytest.raises(argparse.ArgumentTypeError, match="is not KEY=VALUE"):
         train.setting("top_k")
 

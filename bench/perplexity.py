@@ -54,7 +54,7 @@ class Job:
 
 
 def sight_of(config: ModelConfig, blocks: int) -> int:
-    """Return how many bytes back a model reaches whose retrieving layers see the nearest blocks."""
+    """Return how many bytes back a model reaches at most if it sees only the nearest blocks."""
     local = config.layers.count("l") * (config.window_blocks + 1)
     reach = max((config.reach, *config.grams))
     return (local + config.retrieving * (blocks + 1)) * config.block_size + reach

@@ -56,7 +56,7 @@ class Occupancy:
     def take_free(self, n: int) -> Slots:
         """At most n free slots, no longer free."""
         n = min(n, self.free_count)
-        slots = self._free[self.free_count - n : self.free_count][::-1].copy()
+        slots: Slots = self._free[self.free_count - n : self.free_count][::-1].copy()
         self.free_count -= n
         return slots
 

@@ -144,7 +144,8 @@ def _round_down(x: Floats) -> Floats:
     cut = bits & 0xFFFF0000
     # Cutting brings a negative number nearer to zero: one unit further is below it.
     lower = np.where((x < 0) & (bits != cut), cut + 0x10000, cut).astype(np.uint32)
-    return np.maximum(lower.view(np.float32), -_MOST)
+    rounded: Floats = np.maximum(lower.view(np.float32), -_MOST)
+    return rounded
 
 
 def _round_up(x: Floats) -> Floats:
@@ -152,7 +153,8 @@ def _round_up(x: Floats) -> Floats:
     bits = np.ascontiguousarray(x).view(np.uint32)
     cut = bits & 0xFFFF0000
     upper = np.where(bits != cut, cut + 0x10000, cut).astype(np.uint32)
-    return np.minimum(upper.view(np.float32), _MOST)
+    rounded: Floats = np.minimum(upper.view(np.float32), _MOST)
+    return rounded
 
 
 _MOST = np.float32(torch.finfo(torch.bfloat16).max)

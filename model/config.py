@@ -46,7 +46,7 @@ class ModelConfig:
     reach: bytes that each place's embedding knows of: its own and those right before it. grams:
     lengths of the strings that end there and are embedded whole, by one of `buckets` vectors each.
     block_size: tokens of a block; the landmark token takes one position more.
-    window_blocks: how many blocks before its own a local layer sees.
+    window_blocks: in a local layer a token sees window_blocks * block_size tokens, itself included.
     near: recent blocks that are always attended to.
     top_k: older blocks that each retrieving head finds.
     segment: tokens that share one selection while a text is read; divides block_size.
@@ -103,7 +103,7 @@ class GCAConfig:
     reach: bytes that each place's embedding knows of: its own and those right before it. grams:
     lengths of the strings that end there and are embedded whole, by one of `buckets` vectors each.
     block_size: tokens of a chunk; the landmark token takes one position more.
-    window_blocks: how many chunks before its own a place sees directly.
+    window_blocks: directly a token sees window_blocks * block_size tokens, itself included.
     landmark_dim: size of landmarks and of the queries that find them.
     near: recent chunks that are always attended to.
     top_k: older chunks that each group finds; 0: none.

@@ -26,8 +26,7 @@ HOW = ("search", "recent", "random")
 
 ANSWERING = 4
 """Tokens of a question and its answer that use what the first of them finds: the shortest segments
-of the training. Searching for each, it copies the last digits of a key wrong more often.
-"""
+of the training."""
 
 AT_ONCE = 256
 """Searches whose chunks are copied out together; each takes near + top_k blocks, thrice."""

@@ -112,7 +112,7 @@ class Frame:
 
 
 class LocalAttention(nn.Module):
-    """Attention to the own block and the `window_blocks` before it; landmark tokens are not seen.
+    """Attention to the last window_blocks * block_size tokens; landmark tokens are not seen.
 
     Keys are rotated from their own block's start, so they never move; the query is rotated once
     for each distance in blocks.

@@ -236,7 +236,7 @@ class Stream(ABC):
         """Read bytes [T] (integer, T >= 1) and return the logits [256] of the byte that follows.
 
         Whole blocks are read at once, a selection a segment; what comes before the first and
-        after the last whole block is read with a selection a token.
+        after the last whole block goes token by token, as the family has it.
         """
         began = time.perf_counter()
         for x in self._pieces(tokens, 1):

@@ -326,6 +326,13 @@ def test_answers_search_at_least_every_four_tokens(segment: int, wanted: int) ->
         assert stream.retrieval == ChunkRetrieval(3, wanted)
 
 
+def test_chunks_that_four_does_not_divide_are_answered_in_segments_that_do() -> None:
+    model = make(replace(CONFIG, block_size=6, segment=6))
+    with opened(ChunkRetrieval(3, 0), model=model) as stream:
+        stream.retrieval = stream.answering()
+        assert stream.retrieval == ChunkRetrieval(3, 2)
+
+
 def test_what_is_refused() -> None:
     with opened() as stream, pytest.raises(ValueError, match="must divide the block size 8"):
         stream.retrieval = ChunkRetrieval(3, 3)

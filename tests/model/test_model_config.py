@@ -3,6 +3,9 @@
 import pytest
 
 from model.config import GCAConfig, ModelConfig
+from model.gca_stream import GCAStream
+from model.landmark_stream import LandmarkStream
+from model.stream import Stream
 
 
 @pytest.mark.parametrize("family", [GCAConfig, ModelConfig])
@@ -34,3 +37,19 @@ def test_what_no_model_can_be_made_of_is_refused(family, sizes, words) -> None:
 def test_layers_are_letters(layers) -> None:
     with pytest.raises(ValueError, match=rf"^layers {layers!r} must be letters l \(local\)"):
         ModelConfig(layers=layers)
+
+
+def test_keys_of_the_bytes_before_need_some() -> None:
+    with pytest.raises(ValueError, match="reach must be at least 2 where lag is 0"):
+        GCAConfig(reach=1, lag=0)
+    assert GCAConfig(reach=1, lag=1).reach == 1
+
+
+@pytest.mark.parametrize(
+    ("stream", "config"), [(LandmarkStream, ModelConfig()), (GCAStream, GCAConfig())]
+)
+def test_no_blocks_to_find_are_not_the_usual_number(
+    stream: type[Stream], config: ModelConfig | GCAConfig
+) -> None:
+    assert stream.retrieval_of(config, 0).top_k == 0
+    assert stream.retrieval_of(config).top_k == config.top_k > 0

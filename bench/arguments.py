@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from model import checkpoint
-from model.data import text_named
+from model.corpus import text_named
 
 
 class Parser(argparse.ArgumentParser):

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from bench.arguments import Parser, at_least, folder, of_landmark
 from model import checkpoint, haystack
-from model.data import read_text
+from model.corpus import read_text
 from model.landmark import LandmarkAttention
 from model.layers import rotate
 

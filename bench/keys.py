@@ -1,4 +1,4 @@
-"""How often named pass keys are found in a long text, and such as are said to be another's.
+"""How often named pass keys are found in a long text, in one hop and in two.
 
 Every reading hides many keys at random places in text that was not trained on (library source,
 random words, in turn; with --corpus the validation novel too), and each is asked for in a fork of

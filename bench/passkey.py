@@ -28,8 +28,9 @@ import torch
 from bench.arguments import Parser, at_least, of_any, with_novel
 from bench.reading import SHARES, interval, reading
 from model import checkpoint, haystack
-from model.data import QUESTIONS, needle, read_text, text_named
+from model.corpus import read_text, text_named
 from model.generate import Sampling, generate, prefill
+from model.keys import QUESTIONS, needle
 
 SHORTEST = 512
 LENGTHS = ((32 * 1024, 50), (256 * 1024, 50), (1024 * 1024, 10))

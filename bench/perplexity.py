@@ -30,7 +30,7 @@ from bench.arguments import Parser, at_least, folder, of_landmark
 from bench.reading import reading, standard_error
 from model import checkpoint
 from model.config import ModelConfig
-from model.data import read_text, text_named
+from model.corpus import read_text, text_named
 from model.generate import PIECE
 from model.landmark_stream import Retrieval
 

@@ -24,7 +24,7 @@ from bench.reading import interval, reading, standard_error
 from kvstore.mixed_codec import MixedCodec
 from kvstore.promises import PRECISIONS
 from model import checkpoint
-from model.data import read_text, text_named
+from model.corpus import read_text, text_named
 from model.generate import prefill
 from model.landmark_stream import Retrieval
 

@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from bench.arguments import Parser, at_least, folder, of_any, picture
 from bench.perplexity import load, load_text
 from bench.reading import reading, standard_error
-from model.data import text_named
+from model.corpus import text_named
 from model.families import family_of
 from model.generate import PIECE
 

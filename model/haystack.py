@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from model import keys
-from model.data import QUESTIONS, needle
+from model.keys import QUESTIONS, needle
 
 _TESTS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 

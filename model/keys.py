@@ -1,11 +1,20 @@
-"""Pass keys that have names, and such as are another's: how they are said, asked for and answered.
+"""Pass keys, without names and with: how they are said, asked for and answered.
 
-Owns the words. Where they are hidden is data.py's and haystack.py's business.
+Those with names in one hop, or in two: A's key is said to be B's. Owns the words. Where they are
+hidden is tasks.py's and haystack.py's business.
 """
 
 from __future__ import annotations
 
 import numpy as np
+
+QUESTIONS = (" What is the pass key? The pass key is", " The pass key is")
+
+
+def needle(number: int) -> str:
+    """Return the sentence that hides a pass key of five digits."""
+    return f" The pass key is {number}. Remember it. {number} is the pass key. "
+
 
 _CONSONANTS = "bdfgjklmnprstvz"
 _VOWELS = "aeiou"

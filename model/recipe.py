@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from model.data import Sample
 from model.stages import Stage
+from model.tasks import Sample
 
 
 @dataclass(frozen=True)

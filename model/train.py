@@ -20,10 +20,11 @@ from numpy.typing import NDArray
 from torch import nn
 
 from model import checkpoint, train_gca, train_landmark
-from model.data import Corpus, Tasks, batch, read_text, text_named
+from model.corpus import Corpus, read_text, text_named
 from model.families import family_of
 from model.recipe import Recipe
 from model.stages import Stage, learning_rate, stage_of
+from model.tasks import Tasks, batch
 from model.training_state import check_identity, load_state, save_state
 
 RECIPES = {"landmark": train_landmark.RECIPE, "gca": train_gca.RECIPE}

@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from model.config import GCAConfig
-from model.data import Bytes, Excerpts, Sample, Tasks
+from model.corpus import Excerpts
 from model.recipe import Recipe, weighed_loss
 from model.stages import Stage, stage_of
+from model.tasks import Sample, Tasks
 
 _FIRST = partial(Stage, mentions=0.6, repeats=0.6, needles=0.9, named=0.9)
 _THEN = partial(_FIRST, needles=0.8, named=0.8)
@@ -34,8 +35,8 @@ CURRICULUM = (
     _CLUED(80, 16384, 1),
 )
 """Names come first, in texts so short that every chunk is found: so the search learns at once what
-to look for. With distractors, the chunks of the other sequences of a batch may be found. Keys that
-are another's are not learnt before the second cycle, where they are answered aloud."""
+to look for. With distractors, the chunks of the other sequences of a batch may be found. Two hops
+are not learnt before the second cycle, where they are answered aloud."""
 
 _SEGMENTS = (None, None, 4, None, 0)
 """What steps use in turn: the configuration's segments; short ones, so that any place learns to
@@ -101,24 +102,15 @@ def meant_by(samples: list[Sample], config: GCAConfig) -> NDArray[np.bool_]:
     return meant.reshape(len(samples), -1, size, length // size)
 
 
-class _Filler(Tasks):
-    """Tasks whose filler is held-out text."""
-
-    def __init__(self, text: Bytes) -> None:
-        super().__init__(Excerpts(text), needles=1.0, aloud=True)  # type: ignore[arg-type]
-
-    def filler(self, rng: np.random.Generator, length: int) -> tuple[Bytes, float]:
-        return self.corpus.window(rng, length), 1.0
-
-
 @torch.no_grad()
 def examine(model: Any, held_out: np.ndarray, seed: int) -> dict[str, Any]:
-    """Measure on text not trained on: bits a byte, and of pass keys, named keys and such as are
-    another's the share that is found among the chunks of 16 texts of 1,024 bytes."""
+    """Measure on text not trained on: bits a byte, and of pass keys, named keys and keys in two
+    hops the share that is found among the chunks of 16 texts of 1,024 bytes."""
     rng = np.random.default_rng([seed, 1 << 20])
     device = next(model.parameters()).device
-    tasks = _Filler(held_out)
-    text = np.stack([tasks.corpus.window(rng, 1024) for _ in range(16)]).astype(np.int64)
+    filler = Excerpts(held_out)
+    tasks = Tasks(filler, aloud=True, filler=lambda *drawn: (filler.window(*drawn), 1.0))
+    text = np.stack([filler.window(rng, 1024) for _ in range(16)]).astype(np.int64)
     x = torch.from_numpy(text).to(device)
     nats = loss_of(model, x, torch.ones(x.shape, device=device))
     report: dict[str, Any] = {"bits_per_byte_1024": round(float(nats) / math.log(2), 4)}

@@ -11,11 +11,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from model.config import ModelConfig
-from model.data import Excerpts, Sample, Tasks
+from model.corpus import Excerpts
 from model.landmark import LandmarkAttention
 from model.layers import rotate
 from model.recipe import Recipe, weighed_loss
 from model.stages import Stage, gating_at, stage_of
+from model.tasks import Sample, Tasks
 from model.transformer import Transformer
 
 CURRICULUM = (
@@ -76,11 +77,7 @@ def examine(model: Transformer, held_out: np.ndarray, seed: int) -> dict[str, An
     device = next(model.parameters()).device
     rng = np.random.default_rng([seed, 1 << 20])
     filler = Excerpts(held_out)
-    tasks = Tasks(filler, needles=1.0)  # type: ignore[arg-type]
-    tasks.filler = lambda rng, length: (  # type: ignore[method-assign]
-        filler.window(rng, length),
-        1.0,
-    )
+    tasks = Tasks(filler, needles=1.0, filler=lambda *drawn: (filler.window(*drawn), 1.0))
     report: dict[str, Any] = {}
     for length, count in ((1024, 16), (512, 32)):
         text = np.stack([filler.window(rng, length) for _ in range(count)]).astype(np.int64)

@@ -52,8 +52,8 @@ def main(args: argparse.Namespace) -> int:
     """Do what the command line says and return the exit code."""
     from kvstore.cli.screen import Screen
     from kvstore.cli.session import begin, opened
-    from model.data import needle
     from model.haystack import hide, source_text
+    from model.keys import needle
 
     with checking_input():
         haystack = hide(source_text, args.tokens, args.seed, args.depth)

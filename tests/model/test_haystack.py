@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model import haystack
-from model.data import QUESTIONS, needle
 from model.haystack import Haystack, excerpt, hide, library_source, source_text
+from model.keys import QUESTIONS, needle
 
 FILLERS = [
     haystack.source_text,

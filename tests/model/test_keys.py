@@ -8,19 +8,13 @@ import numpy as np
 import pytest
 
 from model import haystack, keys
-from model.data import Sample, Tasks
-
-
-class Dots:
-    """A corpus of full stops."""
-
-    def window(self, rng: np.random.Generator, length: int) -> np.ndarray:
-        return np.full(length, ord("."), np.uint8)
+from model.corpus import Excerpts
+from model.tasks import Sample, Tasks
 
 
 def draw(seed: int, hops: float, length: int = 1024, aloud: bool = False) -> Sample:
-    tasks = Tasks(Dots(), needles=1.0, named=1.0, hops=hops, aloud=aloud)  # type: ignore[arg-type]
-    tasks.filler = lambda rng, length: (Dots().window(rng, length), 1.0)  # type: ignore[method-assign]
+    dots = Excerpts(np.full(5000, ord("."), np.uint8))
+    tasks = Tasks(dots, hops=hops, aloud=aloud, filler=lambda *drawn: (dots.window(*drawn), 1.0))
     return tasks.hide_named(np.random.default_rng(seed), length)
 
 

@@ -21,9 +21,10 @@ from safetensors.torch import load_file
 
 from model import checkpoint, train, train_landmark
 from model.config import GCAConfig, ModelConfig
-from model.data import Clue, Excerpts, Sample, Tasks
+from model.corpus import Excerpts
 from model.gca import Reading
 from model.stages import Stage, gating_at, learning_rate, stage_of
+from model.tasks import Clue, Sample, Tasks
 from model.train_gca import meant_by
 from model.train_landmark import loss_of
 from model.transformer import Transformer
@@ -445,7 +446,7 @@ def test_a_model_of_other_sizes_for_a_share_of_the_steps(
 
 def test_in_turn_segments_short_ones_and_chunks_ask() -> None:
     """Chunks as published: for the next one."""
-    tasks = Tasks(Excerpts(np.full(5000, 46, np.uint8)), named=0.0)  # type: ignore[arg-type]
+    tasks = Tasks(Excerpts(np.full(5000, 46, np.uint8)), named=0.0)
     samples = [tasks.hide_named(np.random.default_rng(0), 1024)]
     asked = []
 

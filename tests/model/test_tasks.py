@@ -3,42 +3,24 @@
 from __future__ import annotations
 
 import ast
-import gzip
 import re
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-import model.data
+import model.corpus
+import model.filler
+import model.tasks
 import model.train_gca
 import model.train_landmark
-from model.data import (
-    QUESTIONS,
-    Corpus,
-    Sample,
-    Tasks,
-    batch,
-    code,
-    foreign,
-    needle,
-    noise,
-    read_text,
-    sentences,
-    words,
-)
+from model.corpus import Corpus
+from model.keys import QUESTIONS, needle
+from model.tasks import Sample, Tasks, batch
 
 BLOCK = 32
-
-
-@pytest.fixture
-def corpus(tmp_path: Path) -> Corpus:
-    (tmp_path / "one.txt").write_bytes(b"Call me Ishmael. " * 400)
-    (tmp_path / "two.txt.gz").write_bytes(gzip.compress(b"It was the best of times. " * 900))
-    (tmp_path / "kept.out.txt").write_bytes(b"never")
-    (tmp_path / "notes.md").write_bytes(b"not a text")
-    return Corpus(tmp_path, leave_out=("kept",))
 
 
 @pytest.fixture
@@ -51,130 +33,13 @@ def draws(tasks: Tasks, length: int, count: int, seed: int = 0) -> list[Sample]:
     return [tasks.hide(rng, length) for _ in range(count)]
 
 
-# --- the corpus ---------------------------------------------------------------------------------
-
-
-def test_corpus_reads_plain_and_compressed_texts(corpus: Corpus, tmp_path: Path) -> None:
-    assert [p.name for p in corpus.paths] == ["one.txt", "two.txt.gz"]
-    assert corpus.texts[1].tobytes() == b"It was the best of times. " * 900
-    assert corpus.share.tolist() == pytest.approx([17 * 400 / 30200, 26 * 900 / 30200])
-    assert read_text(tmp_path / "one.txt").tobytes() == b"Call me Ishmael. " * 400
-
-
-def test_windows_are_weighed_by_size_and_begin_anywhere(corpus: Corpus) -> None:
-    rng = np.random.default_rng(0)
-    windows = [corpus.window(rng, 40).tobytes() for _ in range(600)]
-    texts = [t.tobytes() for t in corpus.texts]
-    assert all(any(w in t for t in texts) for w in windows)
-    assert 0.15 < sum(w in texts[0] for w in windows) / 600 < 0.31  # 0.225
-    assert len(set(windows)) == 17 + 26  # every phase of both repeated sentences
-
-
-def test_a_window_longer_than_its_text_repeats_it(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_bytes(b"abc")
-    assert Corpus(tmp_path).window(np.random.default_rng(0), 8).tobytes() == b"abcabcab"
-
-
-@pytest.mark.parametrize("leave_out", [(), ("only",)])
-def test_a_folder_without_texts_is_refused(tmp_path: Path, leave_out: tuple[str, ...]) -> None:
-    if leave_out:
-        (tmp_path / "only.txt").write_bytes(b"text")
-    with pytest.raises(ValueError, match=rf"no \*.txt or \*.txt.gz files .* {tmp_path}"):
-        Corpus(tmp_path, leave_out)
-
-
-def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="nowhere"):
-        Corpus(tmp_path / "nowhere")
-
-
-def test_empty_texts_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "empty.txt").touch()
-    with pytest.raises(ValueError, match="empty"):
-        Corpus(tmp_path)
-
-
-@pytest.mark.parametrize("raw", [b"not gzip", gzip.compress(bytes(1000))[:-12]])
-def test_a_damaged_gz_is_named(tmp_path: Path, raw: bytes) -> None:
-    (tmp_path / "bad.txt.gz").write_bytes(raw)
-    with pytest.raises(ValueError, match=r"bad\.txt\.gz"):
-        Corpus(tmp_path)
-
-
-def named(tmp_path: Path, *texts: bytes) -> Corpus:
-    for i, text in enumerate(texts):
-        (tmp_path / f"{i}.txt").write_bytes(text)
-    return Corpus(tmp_path)
-
-
-def test_names_are_capitalised_words_inside_sentences_said_often_enough(tmp_path: Path) -> None:
-    often = b"he saw Queequeg there. " * 4
-    rare = b"and then Ishmael. Ishmael went. Often he saw Often. Ann and Ann, Ann and Ann. " * 3
-    common = b"the Whale " * 401
-    corpus = named(tmp_path, often + rare + common)
-    assert [places.tolist() for places in corpus.names[0]] == [[7, 30, 53, 76]]
-
-
-def test_mentions_are_excerpts_in_order_that_say_one_name(tmp_path: Path) -> None:
-    rng = np.random.default_rng(0)
-    pieces = [b"he saw %s. " % n for n in (b"Queequeg", b"Starbuck") for _ in range(40)]
-    filler = [words(rng, 90).tobytes().lower() + b" " for _ in pieces]
-    order = rng.permutation(len(pieces))
-    text = b"".join(filler[i] + pieces[i] for i in order)
-    corpus = named(tmp_path, text, b"no names here. " * 40)
-    for _ in range(40):
-        excerpts = [e.tobytes() for e in corpus.mentions(rng, 5, 64)]
-        assert {len(e) for e in excerpts} == {64}
-        assert any(all(n in e for e in excerpts) for n in (b"Queequeg", b"Starbuck"))
-        places = [text.index(e) for e in excerpts]
-        assert places == sorted(places)
-
-
-def test_mentions_are_of_texts_weighed_by_size(tmp_path: Path) -> None:
-    corpus = named(tmp_path, b"he saw Queequeg. " * 40, b"he saw Starbuck. " * 360)
-    rng = np.random.default_rng(0)
-    first = sum(b"Queequeg" in corpus.mentions(rng, 1, 40)[0].tobytes() for _ in range(400))
-    assert 0.05 < first / 400 < 0.16  # 0.1
-
-
-def test_mentions_of_a_short_text_repeat_it(tmp_path: Path) -> None:
-    corpus = named(tmp_path, b"he saw Queequeg. " * 4)
-    for excerpt in corpus.mentions(np.random.default_rng(0), 6, 200):
-        assert excerpt.tobytes() == (b"he saw Queequeg. " * 12)[:200]
-
-
-# --- filler -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("make", [words, noise, foreign, sentences, code])
-@pytest.mark.parametrize("length", [1, 33, 5000])
-def test_filler_has_the_length_asked_for_and_varies(make: object, length: int) -> None:
-    assert callable(make)
-    text = make(np.random.default_rng(1), length)
-    assert text.dtype == np.uint8
-    assert text.shape == (length,)
-    assert np.array_equal(text, make(np.random.default_rng(1), length))
-    assert length == 1 or not np.array_equal(text, make(np.random.default_rng(2), length))
-
-
-def test_filler_is_what_it_says() -> None:
-    rng = np.random.default_rng(0)
-    assert set(words(rng, 3000).tobytes()) == set(b"abcdefghijklmnopqrstuvwxyz ")
-    assert {len(set(noise(rng, 9000).tolist())) for _ in range(8)} == {256, 95}
-    assert b"The grass is green. The sky is blue." in sentences(rng, 500).tobytes()
-    letters = foreign(rng, 3000).tobytes().decode(errors="ignore")
-    assert max(map(ord, letters)) > 0x370
-    lines = code(rng, 9000).tobytes().decode().splitlines()
-    assert any(line.startswith("        ") for line in lines)
-
-
 @pytest.mark.parametrize("repeats", [0.0, 0.5])
 @pytest.mark.parametrize("length", [128, 512])
 def test_mentions_and_repeats_are_whole_samples(
-    tmp_path: Path, repeats: float, length: int
+    corpus_of: Callable[..., Corpus], repeats: float, length: int
 ) -> None:
     text = b"he saw Queequeg there, and so did she. " * 300
-    corpus = named(tmp_path, text)
+    corpus = corpus_of(text)
     tasks = Tasks(corpus, needles=0.0, mentions=1.0, repeats=repeats, gibberish=0.5)
     rng = np.random.default_rng(0)
     weighed = 0
@@ -188,10 +53,10 @@ def test_mentions_and_repeats_are_whole_samples(
 
 
 @pytest.mark.parametrize("gibberish", [0.0, 1.0])
-def test_repeats_say_a_passage_twice(tmp_path: Path, gibberish: float) -> None:
+def test_repeats_say_a_passage_twice(corpus_of: Callable[..., Corpus], gibberish: float) -> None:
     """Also where a corpus has no names to look back for: then that is all there is to repeat."""
     rng = np.random.default_rng(0)
-    corpus = named(tmp_path, rng.integers(97, 123, 50000, dtype=np.uint8).tobytes())
+    corpus = corpus_of(rng.integers(97, 123, 50000, dtype=np.uint8).tobytes())
     assert not any(corpus.names)
     tasks = Tasks(corpus, needles=0.0, mentions=1.0, repeats=0.0, gibberish=gibberish)
     for _ in range(60):
@@ -207,9 +72,6 @@ def test_repeats_say_a_passage_twice(tmp_path: Path, gibberish: float) -> None:
             assert np.unique(sample.weight).tolist() == [np.float32(0.02), 1.0]
         else:
             assert (sample.weight == 1).all()
-
-
-# --- needles ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("length", [128, 256, 512, 1024])
@@ -354,7 +216,9 @@ def test_a_chain_is_one_passage_in_order(corpus: Corpus) -> None:
 
 def test_training_never_reads_the_demos_text() -> None:
     """The library's source and the readings' haystacks stay unseen: nothing here can name them."""
-    for module in (model.data, model.train_landmark, model.train_gca):
+    for module in (
+        model.corpus, model.filler, model.tasks, model.train_landmark, model.train_gca
+    ):  # fmt: skip
         imported: set[str] = set()
         for node in ast.walk(ast.parse(Path(module.__file__).read_text())):
             if isinstance(node, ast.ImportFrom):

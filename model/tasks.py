@@ -1,166 +1,23 @@
-"""Texts to learn from and needles to find in them. Everything follows from a seed.
+"""What a model is trained on: samples of text, and of needles to find. All follows from a seed.
 
 A sample is bytes and a weight a byte: what the loss of predicting that byte counts.
 """
 
 from __future__ import annotations
 
-import gzip
 import re
-import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from model import keys
+from model.corpus import Bytes, Source
+from model.filler import code, foreign, noise, sentences, words
 
-Bytes = NDArray[np.uint8]
-
-QUESTIONS = (" What is the pass key? The pass key is", " The pass key is")
-
-
-def needle(number: int) -> str:
-    """Return the sentence that hides a pass key of five digits."""
-    return f" The pass key is {number}. Remember it. {number} is the pass key. "
-
-
-_NAME = re.compile(rb"(?<=[a-z,] )[A-Z][a-z]{4,}")
-"""A capitalised word inside a sentence: most often somebody's or some place's name."""
-
-
-class Corpus:
-    """The texts of a folder (*.txt, *.txt.gz), each as bytes, and where their names are said."""
-
-    def __init__(self, folder: Path, leave_out: tuple[str, ...] = ()) -> None:
-        paths = sorted([*folder.glob("*.txt"), *folder.glob("*.txt.gz")])
-        self.paths = [p for p in paths if p.name.split(".")[0] not in leave_out]
-        if not self.paths:
-            raise ValueError(f"no *.txt or *.txt.gz files to train on in {folder}")
-        self.texts = [read_text(path) for path in self.paths]
-        sizes = np.array([len(t) for t in self.texts], dtype=float)
-        if not sizes.any():
-            raise ValueError(f"the texts to train on in {folder} are all empty")
-        self.share = sizes / sizes.sum()
-        self.names: list[list[NDArray[np.int64]]] = [_names(text) for text in self.texts]
-
-    def mentions(self, rng: np.random.Generator, count: int, length: int) -> list[Bytes]:
-        """Return `count` excerpts of `length` bytes, in order, that all say the same name.
-
-        Some text must have `names`.
-        """
-        while True:
-            which = rng.choice(len(self.texts), p=self.share)
-            if self.names[which]:
-                break
-        text, names = self.texts[which], self.names[which]
-        places = names[rng.integers(len(names))]
-        chosen = np.sort(rng.choice(places, count, replace=len(places) < count))
-        starts = chosen - rng.integers(0, length - 16, count)
-        starts = np.clip(starts, 0, max(0, len(text) - length))
-        return [np.resize(text[at : at + length], length) for at in starts]
-
-    def window(self, rng: np.random.Generator, length: int) -> Bytes:
-        """Return `length` bytes from a random place, texts weighed by size."""
-        text = self.texts[rng.choice(len(self.texts), p=self.share)]
-        start = rng.integers(0, max(1, len(text) - length))
-        return np.resize(text[start : start + length], length)
-
-
-def text_named(folder: Path, name: str) -> Path:
-    """Return the path of a folder's text. Raises ValueError if there is none."""
-    for path in (folder / f"{name}.txt", folder / f"{name}.txt.gz"):
-        if path.is_file():
-            return path
-    raise ValueError(f"no {name}.txt or {name}.txt.gz in {folder}")
-
-
-def read_text(path: Path) -> Bytes:
-    """Read a text file, gzip-compressed or plain, as bytes."""
-    raw = path.read_bytes()
-    if path.suffix == ".gz":
-        try:
-            raw = gzip.decompress(raw)
-        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise ValueError(f"{path} is not a whole gzip file: {error}") from error
-    return np.frombuffer(raw, dtype=np.uint8)
-
-
-def _names(text: Bytes) -> list[NDArray[np.int64]]:
-    """Return the places of each name that is said 4 to 400 times."""
-    places: dict[bytes, list[int]] = {}
-    for match in _NAME.finditer(text.tobytes()):
-        places.setdefault(match.group(), []).append(match.start())
-    return [np.array(at) for _, at in sorted(places.items()) if 4 <= len(at) <= 400]
-
-
-# --- filler -------------------------------------------------------------------------------------
-
-_GRASS = (
-    "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
-)
-_ALPHABETS = ((0x3B1, 25), (0x430, 32), (0x5D0, 27), (0x561, 38), (0x3041, 80), (0x4E00, 2000))
-_KEYWORDS = (
-    "def", "return", "if", "for", "while", "import", "class", "self", "None", "pass", "else",
-    "key", "value", "int", "is", "not", "in", "the", "raise", "try", "with", "as", "assert",
-)  # fmt: skip
-
-
-def words(rng: np.random.Generator, length: int) -> Bytes:
-    """Random lower-case words."""
-    letters = rng.integers(97, 123, length, dtype=np.uint8)
-    letters[rng.random(length) < 0.18] = 32
-    return letters
-
-
-def noise(rng: np.random.Generator, length: int) -> Bytes:
-    """Random bytes: all of them, or the printable ones."""
-    low, high = (0, 256) if rng.random() < 0.5 else (32, 127)
-    return rng.integers(low, high, length, dtype=np.uint8)
-
-
-def foreign(rng: np.random.Generator, length: int) -> Bytes:
-    """Random words in the UTF-8 letters of another alphabet."""
-    start, size = _ALPHABETS[rng.integers(len(_ALPHABETS))]
-    points = start + rng.integers(0, size, length)
-    points[rng.random(length) < 0.16] = 32
-    text = "".join(map(chr, points)).encode()
-    return np.frombuffer(text, dtype=np.uint8)[:length]
-
-
-def sentences(rng: np.random.Generator, length: int) -> Bytes:
-    """The paper's filler: the same few sentences again and again."""
-    text = np.frombuffer(_GRASS.encode(), dtype=np.uint8)
-    start = rng.integers(len(text))
-    return np.resize(np.roll(text, -start), length)
-
-
-def code(rng: np.random.Generator, length: int) -> Bytes:
-    """Made-up program text: indented lines of identifiers, keywords, numbers and signs."""
-    out: list[str] = []
-    size = 0
-    depth = 0
-    names = ["".join(map(chr, rng.integers(97, 123, rng.integers(1, 10)))) for _ in range(12)]
-    signs = (" ", " = ", ".", "(", ")", ", ", "_", ": ", " == ", "[", "]", " + ", '"', "'", " -> ")
-    while size < length:
-        line = "    " * depth
-        for _ in range(rng.integers(1, 9)):
-            kind = rng.random()
-            if kind < 0.3:
-                line += _KEYWORDS[rng.integers(len(_KEYWORDS))]
-            elif kind < 0.9:
-                line += names[rng.integers(len(names))]
-            else:
-                line += str(rng.integers(10 ** rng.integers(1, 7)))
-            line += signs[rng.integers(len(signs))]
-        out.append(line + "\n")
-        size += len(line) + 1
-        depth = int(np.clip(depth + rng.integers(-1, 2), 0, 4))
-    return np.frombuffer("".join(out).encode(), dtype=np.uint8)[:length]
-
-
-# --- needles ------------------------------------------------------------------------------------
+Filler = Callable[[np.random.Generator, int], tuple[Bytes, float]]
+"""Returns so many bytes, and what they weigh in the loss."""
 
 _THINGS = (
     "secret number", "door code", "room number", "magic word", "pass word", "key", "lucky number",
@@ -199,18 +56,6 @@ class Sample:
     clues: tuple[Clue, ...] = ()
 
 
-class Excerpts:
-    """A held-out text in place of a corpus: windows of it, and no names."""
-
-    def __init__(self, text: Bytes) -> None:
-        self.text = text
-
-    def window(self, rng: np.random.Generator, length: int) -> Bytes:
-        """Return an excerpt of `length` bytes."""
-        start = rng.integers(0, len(self.text) - length)
-        return self.text[start : start + length]
-
-
 class Tasks:
     """Draws training samples of three kinds.
 
@@ -218,16 +63,16 @@ class Tasks:
     same name, or one thing twice, so that it pays to look back; plain text.
 
     needles: share of the first kind; named: share of those with several keys that have names, all
-    asked for; hops: share of these keys that are said to be another's; aloud: whether the answer
-    says, too, whose it is.
+    asked for; hops: share of these keys that have two hops (A's key is said to be B's, B's is
+    said elsewhere); aloud: whether the answer to these says whose it is first.
     mentions: share of the second kind among the others;
     repeats: share of things said twice in the second kind; gibberish: share of random words in
-    those, which nothing but looking back can predict.
+    those, which nothing but looking back can predict. filler: what needles are hidden in.
     """
 
     def __init__(
         self,
-        corpus: Corpus,
+        corpus: Source,
         needles: float = 0.6,
         mentions: float = 0.0,
         repeats: float = 0.25,
@@ -236,6 +81,7 @@ class Tasks:
         named: float = 0.0,
         hops: float = 0.0,
         aloud: bool = False,
+        filler: Filler | None = None,
     ) -> None:
         self.corpus = corpus
         self.needles = needles
@@ -246,9 +92,20 @@ class Tasks:
         self.named = named
         self.hops = hops
         self.aloud = aloud
+        self.filler = filler or self._any_filler
 
-    def filler(self, rng: np.random.Generator, length: int) -> tuple[Bytes, float]:
-        """Return filler and what its bytes weigh in the loss (random ones cannot be learnt)."""
+    def sample(self, rng: np.random.Generator, length: int) -> Sample:
+        """Draw one sample of `length` bytes."""
+        if rng.random() < self.needles:
+            if self.named and rng.random() < self.named:
+                return self.hide_named(rng, length)
+            return self.hide(rng, length)
+        if self.mentions and rng.random() < self.mentions:
+            return self._again(rng, length)
+        return _plain(self.corpus.window(rng, length))
+
+    def _any_filler(self, rng: np.random.Generator, length: int) -> tuple[Bytes, float]:
+        """Return text, or made-up bytes (random ones weigh little, as they cannot be learnt)."""
         kind = rng.random()
         if kind < 0.5:
             return self.corpus.window(rng, length), 1.0
@@ -261,16 +118,6 @@ class Tasks:
         if kind < 0.84:
             return sentences(rng, length), 0.1
         return code(rng, length), 0.1
-
-    def sample(self, rng: np.random.Generator, length: int) -> Sample:
-        """Draw one sample of `length` bytes."""
-        if rng.random() < self.needles:
-            if self.named and rng.random() < self.named:
-                return self.hide_named(rng, length)
-            return self.hide(rng, length)
-        if self.mentions and rng.random() < self.mentions:
-            return self._again(rng, length)
-        return _plain(self.corpus.window(rng, length))
 
     def _again(self, rng: np.random.Generator, length: int) -> Sample:
         named = any(self.corpus.names)

@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from bench.arguments import Parser, at_least, folder, of_landmark
 from bench.reading import reading, standard_error
 from model import checkpoint
-from model.config import ModelConfig
+from model.config import LandmarkConfig
 from model.corpus import read_text, text_named
 from model.generate import PIECE
 from model.landmark_stream import Retrieval
@@ -53,7 +53,7 @@ class Job:
     precision: str = "exact"
 
 
-def sight_of(config: ModelConfig, blocks: int) -> int:
+def sight_of(config: LandmarkConfig, blocks: int) -> int:
     """Return how many bytes back a model reaches at most if it sees only the nearest blocks."""
     local = config.layers.count("l") * (config.window_blocks + 1)
     reach = max((config.reach, *config.grams))

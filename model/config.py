@@ -17,7 +17,7 @@ def _whole(name: str, value: object, least: int = 1) -> None:
         raise ValueError(f"{name} must be at least {least}, not {value}")
 
 
-def _check_shared(config: ModelConfig | GCAConfig) -> None:
+def _check_shared(config: LandmarkConfig | GCAConfig) -> None:
     """Refuse what no family can be made of."""
     grams = config.grams
     if not isinstance(grams, list | tuple) or any(type(size) is not int for size in grams):
@@ -37,7 +37,7 @@ def _check_shared(config: ModelConfig | GCAConfig) -> None:
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class LandmarkConfig:
     """Sizes of a byte-level transformer whose upper layers retrieve.
 
     family: which attention the retrieving layers use.

@@ -8,12 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from model.config import GCAConfig, ModelConfig
-from model.gca import GroupedCrossTransformer
+from model.config import GCAConfig, LandmarkConfig
 from model.gca_stream import GCAStream
+from model.gca_transformer import GroupedCrossTransformer
 from model.landmark_stream import LandmarkStream
+from model.landmark_transformer import LandmarkTransformer
 from model.stream import Stream
-from model.transformer import Transformer
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Family:
 
 
 FAMILIES = {
-    "landmark": Family(ModelConfig, Transformer, LandmarkStream),
+    "landmark": Family(LandmarkConfig, LandmarkTransformer, LandmarkStream),
     "gca": Family(GCAConfig, GroupedCrossTransformer, GCAStream),
 }
 

@@ -1,4 +1,4 @@
-"""Grouped Cross Attention read through a store: the streaming form of model/gca.py.
+"""Grouped Cross Attention read through a store: the streaming form of model/gca_transformer.py.
 
 The chunks' keys, values and landmarks are one stream of a kvstore context, whatever the number of
 layers. The upper layers keep nothing of a chunk, and see back no further than their windows add up

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kvstore.block import BlockSpec
 from model.attention import block_attention, window_attention
-from model.config import ModelConfig
+from model.config import LandmarkConfig
 from model.landmark import LandmarkAttention
 from model.layers import LocalAttention, merge_heads, rotate
 from model.stream import Layout, Rows, Stream
@@ -53,19 +53,19 @@ class LandmarkStream(Stream):
     way = Retrieval
 
     @staticmethod
-    def layout(config: ModelConfig) -> Layout:
+    def layout(config: LandmarkConfig) -> Layout:
         """Return the layout: a stream for each head of each retrieving layer."""
         spec = BlockSpec.kv(config.block_size, config.head_dim, torch.bfloat16)
         return Layout(spec, config.retrieving * config.heads, config.head_dim)
 
     @staticmethod
-    def retrieval_of(config: ModelConfig, top_k: int | None = None) -> Retrieval:
+    def retrieval_of(config: LandmarkConfig, top_k: int | None = None) -> Retrieval:
         """Return how a model searches, if nobody wants it otherwise."""
         k = config.top_k if top_k is None else top_k
         return Retrieval(k, config.near, config.segment)
 
     @staticmethod
-    def most_blocks(config: ModelConfig, retrieval: Retrieval) -> int:
+    def most_blocks(config: LandmarkConfig, retrieval: Retrieval) -> int:
         """Return how many blocks one selection has at most: each head its own."""
         return config.heads * (retrieval.near + retrieval.top_k)
 

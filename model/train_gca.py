@@ -61,7 +61,7 @@ def loss_of(
 ) -> Tensor:
     """Return the weighted mean cross entropy, nats a byte, and what the searches did wrong.
 
-    clues: what it counts that they miss; judging: that they misjudge. See model.gca.Reading.
+    clues: what it counts that they miss; judging: that they misjudge. See gca_transformer.Reading.
     """
     chunks = text.unflatten(1, (-1, model.config.block_size))
     with torch.autocast(text.device.type, torch.bfloat16):

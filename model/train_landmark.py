@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from model.config import ModelConfig
+from model.config import LandmarkConfig
 from model.corpus import Excerpts
 from model.landmark import LandmarkAttention
+from model.landmark_transformer import LandmarkTransformer
 from model.layers import rotate
 from model.recipe import Recipe, weighed_loss
 from model.stages import Stage, gating_at, stage_of
 from model.tasks import Sample, Tasks
-from model.transformer import Transformer
 
 CURRICULUM = (
     Stage(500, 256, 32, gating=0.0, needles=0.3, mentions=0.7, repeats=0.7, gibberish=0.5),
@@ -48,7 +48,7 @@ def tensors(samples: list[Sample], block_size: int, device: torch.device) -> tup
 
 
 def loss_of(
-    model: Transformer,
+    model: LandmarkTransformer,
     text: Tensor,  # int64 [B, length]
     weight: Tensor,  # float32 [B, length]
     distractors: int = 0,
@@ -65,7 +65,7 @@ def loss_of(
 
 
 @torch.no_grad()
-def examine(model: Transformer, held_out: np.ndarray, seed: int) -> dict[str, Any]:
+def examine(model: LandmarkTransformer, held_out: np.ndarray, seed: int) -> dict[str, Any]:
     """Measure on text not trained on: bits a byte, needles found, and the landmarks' margin.
 
     margin: for each retrieving layer and head, the score of the best block that holds the key
@@ -101,7 +101,7 @@ def examine(model: Transformer, held_out: np.ndarray, seed: int) -> dict[str, An
     return report
 
 
-def _copying(model: Transformer, filler: Excerpts) -> float:
+def _copying(model: LandmarkTransformer, filler: Excerpts) -> float:
     """Bits a byte that are saved on a passage of 100 bytes said again 200 bytes later."""
     rng = np.random.default_rng(0)
     size, first, again = 100, 40, 340
@@ -114,7 +114,7 @@ def _copying(model: Transformer, filler: Excerpts) -> float:
     return round(float(saved.mean()) / math.log(2), 4)
 
 
-def _margins(model: Transformer, filler: Excerpts, samples: list[Any]) -> dict[str, Any]:
+def _margins(model: LandmarkTransformer, filler: Excerpts, samples: list[Any]) -> dict[str, Any]:
     config = model.config
     device = next(model.parameters()).device
     stride, near = config.block_size + 1, config.near
@@ -190,4 +190,4 @@ def _step_loss(
     return loss_of(forward, x, w, distractors, gating, passage, apart, asking)
 
 
-RECIPE = Recipe(CURRICULUM, ModelConfig, _step_loss, examine)
+RECIPE = Recipe(CURRICULUM, LandmarkConfig, _step_loss, examine)

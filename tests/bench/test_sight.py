@@ -8,19 +8,19 @@ from torch import Tensor
 
 from bench.perplexity import sight_of
 from bench.reading import reading
-from model.config import ModelConfig
+from model.config import LandmarkConfig
 from model.landmark_stream import Retrieval
-from model.transformer import Transformer
+from model.landmark_transformer import LandmarkTransformer
 
 
 @pytest.mark.parametrize("grams", [(), (3, 6)])
 def test_what_lies_further_back_changes_nothing(grams: tuple[int, ...]) -> None:
     torch.manual_seed(0)
-    config = ModelConfig(
+    config = LandmarkConfig(
         width=16, heads=2, mlp_width=16, layers="lr", block_size=8, window_blocks=1, segment=8,
         grams=grams,
     )  # fmt: skip
-    model = Transformer(config).eval().requires_grad_(False)
+    model = LandmarkTransformer(config).eval().requires_grad_(False)
     nearest = Retrieval(top_k=0, near=3, segment=8)
 
     def logits(text: Tensor) -> Tensor:

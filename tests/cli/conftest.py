@@ -12,7 +12,7 @@ import torch
 
 from kvstore.cli.main import main
 from model import checkpoint
-from model.config import GCAConfig, ModelConfig
+from model.config import GCAConfig, LandmarkConfig
 from model.families import family_of
 
 BLOCK_BYTES = 32 * 16 * 2 * 2
@@ -39,7 +39,9 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     place = tmp_path_factory.mktemp("model")
     torch.manual_seed(0)
     configs = (
-        ModelConfig(width=32, heads=2, layers="lr", mlp_width=32, block_size=32, near=1, top_k=1),
+        LandmarkConfig(
+            width=32, heads=2, layers="lr", mlp_width=32, block_size=32, near=1, top_k=1
+        ),
         GCAConfig(
             width=16,
             heads=1,

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.landmark_stream import Retrieval
-from model.transformer import Transformer
+from model.landmark_transformer import LandmarkTransformer
 
 Floats = NDArray[np.float64]
 Complexes = NDArray[np.complex128]
@@ -32,7 +32,7 @@ class Group:
 class Reference:
     """A model's weights in float64."""
 
-    def __init__(self, model: Transformer) -> None:
+    def __init__(self, model: LandmarkTransformer) -> None:
         self.config = config = model.config
         self.weights = {n: t.detach().double().numpy() for n, t in model.state_dict().items()}
         self.size, self.stride = config.block_size, config.block_size + 1

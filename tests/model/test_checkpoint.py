@@ -11,27 +11,27 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from model import checkpoint
-from model.config import GCAConfig, ModelConfig
-from model.gca import GroupedCrossTransformer
-from model.transformer import Transformer
+from model.config import GCAConfig, LandmarkConfig
+from model.gca_transformer import GroupedCrossTransformer
+from model.landmark_transformer import LandmarkTransformer
 
 SMALL = {"width": 16, "heads": 2, "layers": "lr", "mlp_width": 16, "block_size": 4, "segment": 2}
 
 
 @pytest.fixture
-def model() -> Transformer:
+def model() -> LandmarkTransformer:
     torch.manual_seed(0)
-    return Transformer(ModelConfig(**SMALL))  # type: ignore[arg-type]
+    return LandmarkTransformer(LandmarkConfig(**SMALL))  # type: ignore[arg-type]
 
 
 @pytest.fixture
-def path(model: Transformer, tmp_path: Path) -> Path:
+def path(model: LandmarkTransformer, tmp_path: Path) -> Path:
     path = tmp_path / "new" / "mine.safetensors"
     checkpoint.save(model, path, {"seed": 0, "corpus": ["a.txt"]})
     return path
 
 
-def test_round_trip(model: Transformer, path: Path) -> None:
+def test_round_trip(model: LandmarkTransformer, path: Path) -> None:
     again = checkpoint.load(str(path))
     assert again.config == model.config
     assert not again.training
@@ -45,7 +45,9 @@ def test_round_trip(model: Transformer, path: Path) -> None:
     assert torch.equal(model(text), again(text))
 
 
-def test_weights_written_small_are_float32_when_loaded(model: Transformer, tmp_path: Path) -> None:
+def test_weights_written_small_are_float32_when_loaded(
+    model: LandmarkTransformer, tmp_path: Path
+) -> None:
     path = tmp_path / "half.safetensors"
     checkpoint.save(model, path, {}, torch.float16)
     again = checkpoint.load(str(path))
@@ -61,7 +63,9 @@ def test_how_it_was_made_stands_in_the_header(path: Path) -> None:
     assert json.loads(header["config"])["block_size"] == 4
 
 
-def test_saving_leaves_nothing_else_behind_and_replaces(model: Transformer, path: Path) -> None:
+def test_saving_leaves_nothing_else_behind_and_replaces(
+    model: LandmarkTransformer, path: Path
+) -> None:
     torch.nn.init.ones_(model.norm.gain)
     checkpoint.save(model, path, {})
     assert [p.name for p in path.parent.iterdir()] == [path.name]
@@ -85,9 +89,11 @@ def test_unknown_names_say_what_there_is(monkeypatch: pytest.MonkeyPatch, tmp_pa
         checkpoint.load("landmark")
 
 
-@pytest.mark.parametrize("config", [ModelConfig(), GCAConfig()], ids=lambda config: config.family)
+@pytest.mark.parametrize(
+    "config", [LandmarkConfig(), GCAConfig()], ids=lambda config: config.family
+)
 def test_the_shipped_models_are_small_and_say_how_they_were_made(
-    config: ModelConfig | GCAConfig,
+    config: LandmarkConfig | GCAConfig,
 ) -> None:
     path = checkpoint.SHIPPED / f"{config.family}.safetensors"
     assert path.stat().st_size < 8_000_000

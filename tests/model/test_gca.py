@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from model.config import GCAConfig
-from model.gca import GroupedCrossTransformer, Selection, _allowed
+from model.gca_transformer import GroupedCrossTransformer, Selection, _allowed
 
 CONFIG = GCAConfig(
     width=16,

@@ -18,8 +18,8 @@ from torch import Tensor
 from kvstore import BlockSpec, IndexConfig, Plane, Store, StoreConfig
 from kvstore.errors import HotTierTooSmallError
 from model.config import GCAConfig
-from model.gca import GroupedCrossTransformer
 from model.gca_stream import ChunkRetrieval, GCAStream
+from model.gca_transformer import GroupedCrossTransformer
 from model.generate import Sampling, generate, prefill
 
 CONFIG = GCAConfig(

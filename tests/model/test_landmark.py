@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from model.config import ModelConfig
+from model.config import LandmarkConfig
 from model.landmark import LandmarkAttention, grouped_softmax_attention
+from model.landmark_transformer import LandmarkTransformer
 from model.layers import Rotary
 from model.train_landmark import loss_of
-from model.transformer import Transformer
 
 NEAR = 1e-9
 
@@ -331,7 +331,7 @@ def test_without_gating_it_is_attention_over_all_tokens() -> None:
 def test_a_new_model_looks_for_where_the_same_was_said() -> None:
     """Before any training, what comes next is what came next where the same bytes stood before."""
     torch.manual_seed(0)
-    model = Transformer(ModelConfig())
+    model = LandmarkTransformer(LandmarkConfig())
     text = torch.randint(0, 256, (8, 256))
     text[:, 128:192] = text[:, 32:96]
     logits = model(text.unflatten(1, (-1, 32)), gating=0.0).flatten(1, 2)
@@ -357,11 +357,11 @@ def test_nothing_is_said_of_the_future() -> None:
 # --- the model around the layer -----------------------------------------------------------------
 
 
-def small(**fields: object) -> Transformer:
+def small(**fields: object) -> LandmarkTransformer:
     torch.manual_seed(1)
     sizes: dict[str, object] = {"width": 16, "heads": 2, "mlp_width": 32, "block_size": 4,
                                 "segment": 4, "layers": "lr"}  # fmt: skip
-    return Transformer(ModelConfig(**(sizes | fields)))  # type: ignore[arg-type]
+    return LandmarkTransformer(LandmarkConfig(**(sizes | fields)))  # type: ignore[arg-type]
 
 
 def test_labels_skip_landmarks() -> None:

@@ -2,13 +2,13 @@
 
 import pytest
 
-from model.config import GCAConfig, ModelConfig
+from model.config import GCAConfig, LandmarkConfig
 from model.gca_stream import GCAStream
 from model.landmark_stream import LandmarkStream
 from model.stream import Stream
 
 
-@pytest.mark.parametrize("family", [GCAConfig, ModelConfig])
+@pytest.mark.parametrize("family", [GCAConfig, LandmarkConfig])
 @pytest.mark.parametrize(
     ("sizes", "words"),
     [
@@ -36,7 +36,7 @@ def test_what_no_model_can_be_made_of_is_refused(family, sizes, words) -> None:
 @pytest.mark.parametrize("layers", [5, "", "lrx"])
 def test_layers_are_letters(layers) -> None:
     with pytest.raises(ValueError, match=rf"^layers {layers!r} must be letters l \(local\)"):
-        ModelConfig(layers=layers)
+        LandmarkConfig(layers=layers)
 
 
 def test_keys_of_the_bytes_before_need_some() -> None:
@@ -46,10 +46,10 @@ def test_keys_of_the_bytes_before_need_some() -> None:
 
 
 @pytest.mark.parametrize(
-    ("stream", "config"), [(LandmarkStream, ModelConfig()), (GCAStream, GCAConfig())]
+    ("stream", "config"), [(LandmarkStream, LandmarkConfig()), (GCAStream, GCAConfig())]
 )
 def test_no_blocks_to_find_are_not_the_usual_number(
-    stream: type[Stream], config: ModelConfig | GCAConfig
+    stream: type[Stream], config: LandmarkConfig | GCAConfig
 ) -> None:
     assert stream.retrieval_of(config, 0).top_k == 0
     assert stream.retrieval_of(config).top_k == config.top_k > 0

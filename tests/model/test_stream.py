@@ -21,11 +21,11 @@ from kvstore import BlockSpec, IndexConfig, Store, StoreConfig
 from kvstore.errors import HotTierTooSmallError, StoreFullError
 from kvstore.policy import LRU
 from model import checkpoint, haystack
-from model.config import ModelConfig
+from model.config import LandmarkConfig
 from model.generate import Sampling, generate
 from model.landmark_stream import LandmarkStream, Retrieval
+from model.landmark_transformer import LandmarkTransformer
 from model.layers import LocalAttention
-from model.transformer import Transformer
 
 NEAR = 1e-5
 SELECTIVE = Retrieval(top_k=2, near=1, segment=4)
@@ -34,14 +34,14 @@ BLOCK = 8
 
 def make_model(
     layers: str = "lrr", block_size: int = BLOCK, seed: int = 0, grams: tuple[int, ...] = ()
-) -> Transformer:
+) -> LandmarkTransformer:
     """Random weights, with scores of a size that makes some blocks matter much more than others."""
     torch.manual_seed(seed)
-    config = ModelConfig(
+    config = LandmarkConfig(
         width=32, heads=2, layers=layers, mlp_width=32, block_size=block_size, near=3, top_k=2,
         segment=block_size, grams=grams, buckets=64,
     )  # fmt: skip
-    model = Transformer(config).eval().requires_grad_(False)
+    model = LandmarkTransformer(config).eval().requires_grad_(False)
     for name, weight in model.named_parameters():
         if "qkv" in name:
             weight.mul_(1.5)
@@ -60,7 +60,7 @@ def tokens_of(text: bytes) -> Tensor:
     return torch.frombuffer(bytearray(text), dtype=torch.uint8)
 
 
-def dense(model: Transformer, text: bytes) -> Tensor:
+def dense(model: LandmarkTransformer, text: bytes) -> Tensor:
     """Run the training form over the text, filled up to whole blocks: [len(text), 256]."""
     size = model.config.block_size
     blocks = -(-len(text) // size)
@@ -68,7 +68,7 @@ def dense(model: Transformer, text: bytes) -> Tensor:
     return model(padded.view(1, blocks, size))[0].flatten(0, 1)[: len(text)]
 
 
-def dense_in_chunks(model: Transformer, text: bytes) -> Tensor:
+def dense_in_chunks(model: LandmarkTransformer, text: bytes) -> Tensor:
     """Do what `dense` does without its matrix of all scores: one block of queries at a time.
 
     Retrieving layers are written out here from the formula; what treats each position by itself,
@@ -108,7 +108,7 @@ def dense_in_chunks(model: Transformer, text: bytes) -> Tensor:
 
 @contextmanager
 def opened(
-    model: Transformer,
+    model: LandmarkTransformer,
     retrieval: Retrieval,
     dtype: torch.dtype = torch.float32,
     name: str | None = None,

@@ -20,14 +20,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from model import checkpoint, train, train_landmark
-from model.config import GCAConfig, ModelConfig
+from model.config import GCAConfig, LandmarkConfig
 from model.corpus import Excerpts
-from model.gca import Reading
+from model.gca_transformer import Reading
+from model.landmark_transformer import LandmarkTransformer
 from model.stages import Stage, gating_at, learning_rate, stage_of
 from model.tasks import Clue, Sample, Tasks
 from model.train_gca import meant_by
 from model.train_landmark import loss_of
-from model.transformer import Transformer
 
 SHIPPED = train.RECIPES["landmark"].curriculum
 CURRICULUM = (
@@ -40,7 +40,7 @@ TINY = {"width": 16, "heads": 2, "layers": "lr", "mlp_width": 16, "top_k": 2}
 RECIPE = replace(
     train.RECIPES["landmark"],
     curriculum=CURRICULUM,
-    config=lambda: ModelConfig(**TINY),  # type: ignore[arg-type]
+    config=lambda: LandmarkConfig(**TINY),  # type: ignore[arg-type]
 )
 QUICK = replace(RECIPE, examine=lambda model, text, seed: {"examined": True})
 
@@ -120,7 +120,7 @@ def assert_same_weights(a: Path, b: Path) -> None:
 
 
 def test_a_run_leaves_a_checkpoint_and_a_log(whole: argparse.Namespace) -> None:
-    assert checkpoint.load(str(whole.out)).config == ModelConfig(**TINY)  # type: ignore[arg-type]
+    assert checkpoint.load(str(whole.out)).config == LandmarkConfig(**TINY)  # type: ignore[arg-type]
     log = lines(whole)
     assert [line["step"] for line in log] == [50, 100, 120]
     assert [line["length"] for line in log] == [128, 160, 160]
@@ -302,7 +302,7 @@ def test_landmarks_slide_in() -> None:
 
 
 def test_the_curriculum_holds_whole_blocks_and_distractors_enough() -> None:
-    size = ModelConfig().block_size
+    size = LandmarkConfig().block_size
     for stage in SHIPPED:
         assert stage.length % size == 0
         assert 0 <= stage.mentions <= 1
@@ -312,7 +312,7 @@ def test_the_curriculum_holds_whole_blocks_and_distractors_enough() -> None:
 
 def test_the_loss_counts_weights() -> None:
     torch.manual_seed(0)
-    model = Transformer(ModelConfig(**TINY))  # type: ignore[arg-type]
+    model = LandmarkTransformer(LandmarkConfig(**TINY))  # type: ignore[arg-type]
     text = torch.randint(0, 256, (2, 64))
     only = torch.zeros(2, 64)
     only[1, 40] = 1.0
@@ -345,7 +345,7 @@ def test_blocks_that_speak_of_needles_are_set_apart() -> None:
 @pytest.mark.slow
 def test_the_examination_reports_bits_needles_and_margins() -> None:
     torch.manual_seed(0)
-    model = Transformer(ModelConfig(**TINY)).eval()  # type: ignore[arg-type]
+    model = LandmarkTransformer(LandmarkConfig(**TINY)).eval()  # type: ignore[arg-type]
     held_out = np.frombuffer(
         b"It was the best of times, it was the worst of times. " * 60, np.uint8
     )
@@ -364,7 +364,7 @@ def test_the_examination_reports_bits_needles_and_margins() -> None:
 def test_a_needle_said_right_before_the_question_has_no_margin() -> None:
     """No block before the question holds it, so there is nothing to compare."""
     torch.manual_seed(0)
-    model = Transformer(ModelConfig(**TINY)).eval()  # type: ignore[arg-type]
+    model = LandmarkTransformer(LandmarkConfig(**TINY)).eval()  # type: ignore[arg-type]
     text = np.frombuffer(b"It was the best of times, it was the worst of times. " * 60, np.uint8)
     told, late = text[:512].copy(), text[:512].copy()
     question = b" The pass key is 12345."

@@ -1,11 +1,11 @@
-"""A family's layers put together: embedding, pre-norm blocks, output head."""
+"""Landmark Attention's layers put together: embedding, pre-norm blocks, output head."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-from model.config import VOCABULARY, ModelConfig
+from model.config import VOCABULARY, LandmarkConfig
 from model.embedding import Embedding
 from model.landmark import LandmarkAttention
 from model.layers import MLP, LocalAttention, RMSNorm, Rotary, draw_weights
@@ -14,7 +14,7 @@ from model.layers import MLP, LocalAttention, RMSNorm, Rotary, draw_weights
 class Layer(nn.Module):
     """Attention, then the MLP, each behind a norm and added to the residual stream."""
 
-    def __init__(self, config: ModelConfig, kind: str) -> None:
+    def __init__(self, config: LandmarkConfig, kind: str) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.width)
         self.attention: LocalAttention | LandmarkAttention
@@ -26,10 +26,10 @@ class Layer(nn.Module):
         self.mlp = MLP(config.width, config.mlp_width)
 
 
-class Transformer(nn.Module):
+class LandmarkTransformer(nn.Module):
     """A byte-level language model whose retrieving layers reach past blocks by landmarks."""
 
-    def __init__(self, config: ModelConfig, *, initialize: bool = True) -> None:
+    def __init__(self, config: LandmarkConfig, *, initialize: bool = True) -> None:
         """Make a model; initialize: False where the weights are about to be loaded."""
         super().__init__()
         self.config = config

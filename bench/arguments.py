@@ -10,13 +10,15 @@ import importlib.util
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
 
+import torch
+
+from kvstore.cli.usage import ModuleParser
 from model import checkpoint
 from model.corpus import text_named
 
 
-class Parser(argparse.ArgumentParser):
+class Parser(ModuleParser):
     """A bench's parser: --help shows what the module says of itself, examples and all."""
 
     def __init__(self, bench: str, said: str) -> None:
@@ -25,9 +27,6 @@ class Parser(argparse.ArgumentParser):
             description=said,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {' '.join(message.splitlines())}\n")
 
 
 def at_least(least: int) -> Callable[[str], int]:
@@ -73,6 +72,16 @@ def of_landmark(name: str) -> str:
     if family != "landmark":
         raise argparse.ArgumentTypeError(f"{name!r} is of family {family!r}, not 'landmark'")
     return name
+
+
+def device(value: str) -> str:
+    """Read where a model can run."""
+    try:
+        torch.zeros(1, device=value)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise argparse.ArgumentTypeError(f"{value!r} cannot be used here: {reason}") from None
+    return value
 
 
 def folder(value: str) -> Path:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bench.arguments import Parser, at_least, of_landmark
+from bench.arguments import Parser, at_least, device, of_landmark
 from bench.reading import cache_bytes, reading
 from kvstore.block import BlockSpec
 from kvstore.config import StoreConfig
@@ -213,7 +213,7 @@ def main() -> None:
     """Measure and print; the last line is JSON."""
     parser = Parser("decode", __doc__)
     parser.add_argument("--model", type=of_landmark, default="landmark")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", type=device, default="cpu")
     parser.add_argument(
         "--lengths", type=at_least(512), nargs="+", default=[64 * 1024, 1024 * 1024]
     )

@@ -44,6 +44,8 @@ def main() -> None:
     first = config.layers.index("r")
     below, layer = model.stack[:first], model.stack[first]
     attention = layer.attention
+    if a.head >= config.heads:
+        parser.error(f"--head {a.head}: the model has {config.heads}, from 0 on")
     assert isinstance(attention, LandmarkAttention)
     stride = config.block_size + 1
     offsets = torch.arange(stride)

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from bench.arguments import Parser, at_least, of_any, picture
+from bench.arguments import Parser, at_least, device, of_any, picture
 from bench.decode import matmul_rate
 from bench.index import measure
 from bench.reading import SHARES, cache_bytes, reading
@@ -158,7 +158,7 @@ def main() -> None:
     """Measure each length, print a row for it; the last line is JSON."""
     parser = Parser("scaling", __doc__)
     parser.add_argument("--model", type=of_any, default="gca")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", type=device, default="cpu")
     parser.add_argument("--lengths", type=at_least(2048), nargs="+", default=list(LENGTHS))
     parser.add_argument(
         "--steps", type=at_least(16), default=256, help="tokens written at each length"

@@ -32,6 +32,10 @@ class OtherFormatError(ValueError):
     """What is kept was written by another version of this program: no damage, but not readable."""
 
 
+class OtherBlocksError(ValueError):
+    """A store's blocks look otherwise than what is to be put into it."""
+
+
 class WriteFailedError(KVStoreError):
     """A write behind the caller's back failed; raised at the next call."""
 

@@ -26,6 +26,7 @@ from kvstore.verify import repair, verify
 DAMAGED = "data.damaged"
 """The name of the old file, beside the new one."""
 
+_TOLD = 3  # of damaged pages, of which there may be thousands
 _ASIDE = "salvaged"
 
 
@@ -52,7 +53,10 @@ def salvage(
                 tables, lost = readable(data, newest_first(data))
                 if not tables:
                     raise CorruptStoreError(f"nothing can be read of {directory}: {lost[0]}")
-                told += [f"in the file: {each}" for each in lost] + tier.adopt(tables, data)
+                told += [f"in the file: {each}" for each in lost[:_TOLD]]
+                if len(lost) > _TOLD:
+                    told.append(f"in the file: {len(lost) - _TOLD:,} more of that kind")
+                told += tier.adopt(tables, data)
         finally:
             tier.close()
         write_spec(aside, spec)

@@ -135,7 +135,7 @@ class SavedContexts:
         manifest = self.manifest(name)
         if manifest is None:
             raise KeyError(
-                f"no context {name!r} is kept; there are: {', '.join(self.names()) or '-'}"
+                f"no context {name!r} is kept; there are: {', '.join(self.names()) or 'none'}"
             )
         return manifest
 

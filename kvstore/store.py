@@ -431,6 +431,8 @@ class Store:
             # What failed before is tried again by `flush`, or of no interest any more.
             self._writer.failure = None
         self._lookups.drop_pins()
+        if self._disk is not None:
+            self._disk.abandon()
         with ExitStack() as stack:
             stack.callback(self._end)
             if self.config.directory is not None:

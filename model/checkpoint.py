@@ -70,6 +70,8 @@ def load(name: str) -> Any:
             weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         model = family.network(config, initialize=False)
         model.load_state_dict(weights)
+        if not all(bool(weight.isfinite().all()) for weight in model.parameters()):
+            raise ValueError("it has weights that are not finite")
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{path} is not a checkpoint of a model of ours: {reason}") from error

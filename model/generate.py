@@ -13,6 +13,9 @@ from model.stream import Stream
 PIECE = 2048
 """Tokens read at once; a multiple of every block size in use."""
 
+ASKED = 256
+"""Tokens of a prompt read at once: each may search for itself, and what is found takes memory."""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -34,16 +37,19 @@ class Sampling:
 
 
 def prefill(
-    stream: Stream, text: bytes, progress: Callable[[int], None] = lambda tokens: None
+    stream: Stream,
+    text: bytes,
+    progress: Callable[[int], None] = lambda tokens: None,
+    piece: int = PIECE,
 ) -> Tensor:
     """Read a whole text; return the logits [256] after its last byte. Tell how far it is."""
     if not text:
         raise ValueError("the text is empty: there is nothing to read")
     tokens = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-    last = (len(tokens) - 1) // PIECE * PIECE
-    for start in range(0, last, PIECE):
-        stream.skim(tokens[start : start + PIECE])
-        progress(start + PIECE)
+    last = (len(tokens) - 1) // piece * piece
+    for start in range(0, last, piece):
+        stream.skim(tokens[start : start + piece])
+        progress(start + piece)
     logits = stream.read(tokens[last:])
     progress(len(tokens))
     return logits
@@ -63,7 +69,7 @@ def generate(stream: Stream, prompt: str, sampling: Sampling) -> Iterator[bytes]
     asker = stream.fork()
     try:
         asker.retrieval = asker.answering()
-        logits = asker.read(torch.frombuffer(bytearray(prompt.encode()), dtype=torch.uint8))
+        logits = prefill(asker, prompt.encode(), piece=ASKED)
         written = bytearray()
         given = 0
         for _ in range(sampling.max_new_tokens):

@@ -1,7 +1,8 @@
 """The training loop: `python -m model.train landmark --corpus DIR` makes the shipped weights.
 
 Every step's batch follows from (seed, step), so a run that was stopped goes on as if it had not
-been. State and log lie in --run; the finished weights go to --out.
+been. State and log lie in --run; the finished weights go to --out. Nothing that is shipped is
+replaced unless --out says so.
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
+import math
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from kvstore.cli.usage import ModuleParser
 from model import checkpoint, train_gca, train_landmark
 from model.corpus import Corpus, read_text, text_named
 from model.families import family_of
@@ -99,12 +102,23 @@ def planned(arguments: argparse.Namespace) -> Plan:
     recipe = RECIPES[arguments.family]
     if not 0 < arguments.share <= 1:
         raise ValueError(f"--share must be above 0 and at most 1, not {arguments.share:g}")
-    if arguments.out is None and (arguments.set or arguments.share < 1):
-        raise ValueError("with --set or --share give --out, too: the shipped weights are no such")
+    if not 0 < arguments.lr < math.inf:
+        raise ValueError(f"--lr must be above 0, not {arguments.lr:g}")
+    if arguments.threads < 1:
+        raise ValueError(f"--threads must be at least 1, not {arguments.threads}")
     try:
-        config = replace(recipe.config(), **dict(arguments.set))
-    except TypeError as error:
-        raise ValueError(f"--set: {error}") from None
+        torch.zeros(1, device=arguments.device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {arguments.device} cannot be used here: {reason}") from None
+    if arguments.run.exists() and not arguments.run.is_dir():
+        raise ValueError(f"--run {arguments.run} is not a folder")
+    sizes = recipe.config()
+    known = [field.name for field in fields(sizes)]
+    for name, _ in arguments.set:
+        if name not in known:
+            raise ValueError(f"--set: there is no {name!r}; there are {', '.join(known)}")
+    config = replace(sizes, **dict(arguments.set))
     for stage in recipe.curriculum:
         if stage.length % config.block_size:
             raise ValueError(f"block_size {config.block_size} must divide {stage.length} bytes")
@@ -187,7 +201,7 @@ def train(plan: Plan) -> None:
         "threads": torch.get_num_threads(),
         "share": arguments.share,
     }
-    out = arguments.out or checkpoint.SHIPPED / f"{arguments.family}.safetensors"
+    out = arguments.out or run / f"{arguments.family}.safetensors"
     checkpoint.save(model, out, info, recipe.written)
     print(json.dumps({"out": str(out), **info}))
 
@@ -203,7 +217,7 @@ def setting(given: str) -> tuple[str, Any]:
 
 def main() -> int:
     """Read the command line and train."""
-    parser = argparse.ArgumentParser(
+    parser = ModuleParser(
         prog="python -m model.train",
         description=__doc__,
         epilog="example: python -m model.train landmark --corpus texts",
@@ -216,9 +230,7 @@ def main() -> int:
         help=f"texts not to be trained on, besides {TEST}",
     )  # fmt: skip
     parser.add_argument("--run", type=Path, help="state and log (default: runs/FAMILY)")
-    parser.add_argument(
-        "--out", type=Path, help="the weights (default: in the shipped ones' place)"
-    )
+    parser.add_argument("--out", type=Path, help="the weights (default: in --run)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument(

@@ -40,7 +40,7 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
         formatter_class=options.HelpFormatter,
     )
     parser.add_argument("store", metavar="DIR", type=words, help="the store's directory")
-    options.add_cold(parser)
+    options.add_cold(parser, needed=True)
     options.add_json(parser)
     actions = parser.add_subparsers(title="changes", metavar="[CHANGE]", dest="change")
     for name, names, about in (
@@ -84,6 +84,8 @@ def main(args: argparse.Namespace) -> int:
                 foreign[name] = str(error)
     if args.json:
         listed = [asdict(each) for each in found]
+        for each in listed:
+            each["info"].pop("text", None)  # its digests, and its end in plain words
         unread = {"damaged": damaged, "other_format": foreign}
         print(json.dumps({"contexts": listed, **unread, "swept_blocks": swept}))
         return 1 if (damaged or foreign) and args.change is None else 0

@@ -1,7 +1,8 @@
 """The entry of the `kvstore` command: finds the subcommand, maps failures to exit codes.
 
-0: done. 1: it could not be done, such as a full store. 2: wrong usage or input. 130 and 143: told
-to stop by Ctrl-C or SIGTERM. Every failure is one line on stderr. Never does the work itself.
+0: done. 1: it could not be done, such as a full store. 2: wrong usage or input. 129, 130 and 143:
+told to stop by SIGHUP, Ctrl-C or SIGTERM. Every failure is one line on stderr. Never does the work
+itself.
 """
 
 from __future__ import annotations
@@ -113,7 +114,9 @@ def _fail(name: str, message: str, code: int) -> int:
 
 @contextmanager
 def _stoppable() -> Iterator[None]:
-    """Let SIGINT and SIGTERM end the work in order, so that a temporary store is removed.
+    """Let Ctrl-C, SIGTERM and a terminal that closes end the work in order.
+
+    So that a temporary store is removed.
 
     A second one is ignored: it would stop the removal half way. Signals are the main thread's;
     elsewhere they are left alone.
@@ -122,7 +125,8 @@ def _stoppable() -> Iterator[None]:
         yield
         return
     # One that was ignored from the start (nohup, a job in the background) stays so.
-    numbers = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) != signal.SIG_IGN]
+    known = (getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP"))
+    numbers = [n for n in known if n is not None and signal.getsignal(n) != signal.SIG_IGN]
 
     def stop(number: int, frame: FrameType | None) -> None:
         for each in numbers:

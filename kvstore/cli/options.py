@@ -105,13 +105,14 @@ def add_durability(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_cold(parser: argparse._ActionsContainer) -> None:
-    """Add the size of the file on disk."""
+def add_cold(parser: argparse._ActionsContainer, *, needed: bool = False) -> None:
+    """Add the size of the file on disk; needed: where it cannot be none."""
+    or_none = "" if needed else ", or none: no disk"
     parser.add_argument(
         "--cold",
         metavar="SIZE",
         default="64GiB",
-        help="disk, compressed, or none: no disk (default: 64GiB)",
+        help=f"disk, compressed{or_none} (default: 64GiB)",
     )
 
 

@@ -17,6 +17,10 @@ examples:
 """
 
 
+LONGEST = 2**30
+"""Tokens of a text, as the demo's."""
+
+
 def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command's parser."""
     parser = commands.add_parser(
@@ -32,6 +36,7 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     parser.add_argument(
         "--text",
         metavar="FILE",
+        type=words,
         action="append",
         required=True,
         help="a text to read; several are read one after the other",
@@ -59,6 +64,15 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     parser.set_defaults(main=main)
 
 
+def _read(name: str) -> bytes:
+    """Read a file; one without an end (/dev/zero) is refused before it takes all memory."""
+    with Path(name).open("rb") as file:
+        read = file.read(LONGEST + 1)
+    if len(read) > LONGEST:
+        raise ValueError(f"{name} is longer than {LONGEST:,} bytes")
+    return read
+
+
 def main(args: argparse.Namespace) -> int:
     """Do what the command line says and return the exit code."""
     if args.context and not args.store:
@@ -66,7 +80,7 @@ def main(args: argparse.Namespace) -> int:
     if not args.prompt and not args.context:
         raise UsageError("nothing is asked and nothing kept: give --prompt TEXT or --context NAME")
     with checking_input():
-        read = b"".join(Path(name).read_bytes() for name in args.text)
+        read = b"".join(map(_read, args.text))
     if not read:
         raise UsageError(f"{', '.join(args.text)}: the text is empty; there is nothing to read")
 

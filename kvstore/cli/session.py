@@ -21,7 +21,7 @@ from kvstore.cli.memory import PeakMemory
 from kvstore.cli.report import Index, Report, Tier
 from kvstore.cli.text_chain import TextChain, TextDigests
 from kvstore.cli.usage import checking_input
-from kvstore.errors import CorruptBlockError, OtherFormatError
+from kvstore.errors import CorruptBlockError, OtherBlocksError, OtherFormatError
 from kvstore.saved_contexts import SavedContexts
 from kvstore.tiers.spec_file import read_spec
 from model import checkpoint
@@ -58,7 +58,7 @@ class Session:
         self._chain = chain
         self._began = began
         self._kept = self._context.name is not None and not self._store.config.read_only
-        self._read_tokens = self._reused_tokens = 0
+        self._read_tokens, self._reused_tokens = 0, stream.position
         self._prefill_seconds = 0.0
         self._first_token_seconds: float | None = None
         self._reads: list[tuple[int, float]] = []  # tokens and seconds, of forks too
@@ -175,7 +175,13 @@ def begin(args: argparse.Namespace, stack: ExitStack, text: bytes = b"") -> Sess
     retrieval = read_with.retrieval_of(model.config, args.top_k)
     layout = read_with.layout(model.config)
     memory = stack.enter_context(PeakMemory())
-    store = stack.enter_context(Store(layout.spec, config))
+    try:
+        store = stack.enter_context(Store(layout.spec, config))
+    except OtherBlocksError as error:
+        raise ValueError(
+            f"--store {args.store} holds other blocks than {args.model} makes: a store is for "
+            "models of one kind and size, so give another --store"
+        ) from error
     name: str | None = getattr(args, "context", None)
     chain, fingerprint = TextChain(), None
     if name is not None:
@@ -232,6 +238,8 @@ def _read_before(
                 reason = "was read with another --top-k, --index or --precision"
             elif digests.begin_with(chain := TextChain.from_json(info["text"])):
                 return chain
+            elif chain.tokens > len(text):
+                reason = f"has read {chain.tokens:,} tokens, more than the {len(text):,} of this"
             raise ValueError(
                 f"context {name!r} {reason}: choose another name, or remove it with "
                 "`kvstore contexts DIR rm`"
@@ -265,10 +273,17 @@ def resume(args: argparse.Namespace, stack: ExitStack, began: float | None = Non
     info = manifest["info"]
     if "model" not in info:
         raise ValueError(f"context {args.context!r} says no model: `kvstore run` has not made it")
-    model = checkpoint.load(args.model or info["model"]).to(config.torch_device)
+    read_by = f"context {args.context!r} was read by {info['model']}"
+    try:
+        model = checkpoint.load(args.model or info["model"]).to(config.torch_device)
+    except ValueError as error:
+        if args.model or Path(info["model"]).exists():
+            raise
+        hint = "if it was moved, say with --model FILE where to"
+        raise ValueError(f"{read_by}, which is not there: {hint}") from error
     if checkpoint.fingerprint(model) != manifest["fingerprint"]:
-        hint = "leave --model out" if args.model else "its weights have changed since"
-        raise ValueError(f"context {args.context!r} was read by {info['model']}: {hint}")
+        hint = f"{args.model} is another model" if args.model else "its weights have changed since"
+        raise ValueError(f"{read_by}: {hint}")
     context = store.context(args.context)
     read_with = family_of(model).stream
     retrieval = read_with.way(**info["retrieval"])

@@ -32,7 +32,7 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     )
     parser.add_argument("store", metavar="DIR", type=words, help="the store's directory")
     parser.add_argument("--repair", action="store_true", help="mend what can be mended")
-    options.add_cold(parser)
+    options.add_cold(parser, needed=True)
     options.add_json(parser)
     parser.set_defaults(main=main)
 
@@ -49,11 +49,13 @@ def main(args: argparse.Namespace) -> int:
     salvaged: list[str] = []
     with checking_input():
         try:
-            store = open_to_look(args)
+            # Whether all is whole can be seen while somebody else has the store.
+            store = open_to_look(args, read_only=not args.repair)
         except CorruptStoreError as error:
             if not args.repair:
                 raise
-            salvaged = [str(error), *salvage(Path(args.store), args.cold)]
+            told = salvage(Path(args.store), args.cold)
+            salvaged = list(dict.fromkeys((str(error), *told)))
             store = open_to_look(args)
     with store:
         with checking_input():  # a context of another version is no damage
@@ -77,10 +79,9 @@ def main(args: argparse.Namespace) -> int:
         return 1 if left else 0
     for line in (*found.damaged, *mended):
         print(line)
-    print(
-        f"{found.contexts:,} contexts and {found.blocks:,} blocks were read, "
-        f"{len(found.damaged):,} faults were found"
-    )
+    faults = "are left" if salvaged else f"were read, {len(found.damaged):,} faults were found"
+    print(f"{found.contexts:,} contexts and {found.blocks:,} blocks {faults}")
     if found.unreferenced:
-        print(f"{found.unreferenced:,} blocks belong to no context")
+        sweep = f"`kvstore contexts {args.store} sweep` removes them"
+        print(f"{found.unreferenced:,} blocks belong to no context: {sweep}")
     return 1 if left else 0

@@ -14,6 +14,7 @@ import shutil
 import stat
 import struct
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -29,6 +30,7 @@ from kvstore.codec import Bytes2D, Ids
 from kvstore.errors import (
     CorruptBlockError,
     CorruptStoreError,
+    OtherBlocksError,
     StoreClosedError,
     StoreFullError,
     WriteFailedError,
@@ -124,11 +126,11 @@ class DiskTier:
         self._pid = os.getpid()
         self._changing = threading.Lock()
         self._idle = threading.Condition()
-        self._operations = 0
+        self._operations: Counter[int] = Counter()  # of each thread, by its ident
         self._growing = False
-        self._reads: set[object] = set()
+        self._reads: dict[object, int] = {}  # a token each, and whose it is
         self._view: lmdb.Transaction | None = None
-        self._viewing = threading.Lock()
+        self._viewing = threading.RLock()
         self._closed = False
         # Packs with deleted blocks in them -> how many others they have; None until it is needed.
         self._loose: dict[int, int] | None = None
@@ -383,13 +385,27 @@ class DiskTier:
         """Bytes of the files as they are."""
         return sum((self.directory / name).stat().st_size for name in ("data.mdb", "lock.mdb"))
 
+    def abandon(self) -> None:
+        """Forget what this thread has been interrupted in; it is in none of it any more.
+
+        Ctrl-C may strike after the body of a `with`, before its context manager hears of the end.
+        Nobody may then wait for that end, which comes when the traceback is dropped, or never.
+        """
+        with self._idle:
+            mine = threading.get_ident()
+            self._operations.pop(mine, None)
+            for token in [token for token, thread in self._reads.items() if thread == mine]:
+                del self._reads[token]
+            self._idle.notify_all()
+
     def close(self) -> None:
         """Let running reads and writes end, write out what is left and close the file."""
+        self.abandon()
         with self._idle:
             if self._closed or os.getpid() != self._pid:
                 return
             self._closed = True
-            self._idle.wait_for(lambda: self._operations == 0)
+            self._idle.wait_for(lambda: not self._operations)
         try:
             if self._view is not None:
                 self._view.abort()
@@ -541,7 +557,7 @@ class DiskTier:
                 f"reads {FORMAT_VERSION}: use another directory"
             )
         if found != wanted:
-            raise ValueError(
+            raise OtherBlocksError(
                 f"{self.directory} holds blocks of {found.get('planes')}, not of "
                 f"{wanted['planes']}: use another directory"
             )
@@ -646,7 +662,7 @@ class DiskTier:
         """Make freed pages usable that a running read or the last transaction may still need."""
         with self._idle:
             running = set(self._reads)
-            self._idle.wait_for(lambda: not running & self._reads, _READ_PATIENCE_SECONDS)
+            self._idle.wait_for(lambda: running.isdisjoint(self._reads), _READ_PATIENCE_SECONDS)
         with contextlib.suppress(lmdb.Error):
             self._commit(lambda _: None)
 
@@ -782,12 +798,13 @@ class DiskTier:
                     f"the cold tier in {self.directory} was opened by another process: a child "
                     "has to open its own"
                 )
-            self._operations += 1
+            self._operations[threading.get_ident()] += 1
         try:
             yield
         finally:
             with self._idle:
-                self._operations -= 1
+                self._operations[threading.get_ident()] -= 1
+                self._operations = +self._operations  # without those that are in none
                 self._idle.notify_all()
 
     @contextlib.contextmanager
@@ -801,12 +818,12 @@ class DiskTier:
             token = object()
             with self._idle:
                 self._idle.wait_for(lambda: not self._growing)
-                self._reads.add(token)
+                self._reads[token] = threading.get_ident()
             try:
                 with self._reading(), self._env.begin(buffers=buffers) as transaction:
                     yield transaction
             finally:
-                self._reads.discard(token)
+                self._reads.pop(token, None)
                 # `_operation` tells those who wait for it.
 
     @contextlib.contextmanager

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 
+from kvstore import Store, StoreConfig
 from kvstore.cli import session
 from kvstore.cli.text_chain import PAGE, TextChain, TextDigests
 from kvstore.tiers import spec_file
@@ -111,7 +112,7 @@ def test_what_is_appended_is_read_with_the_rest(
     longer.write_bytes(book.read_bytes() + b"And then")
     refused = keep("a", text=longer)
     assert refused.code == 2
-    assert "has read another text" in refused.err
+    assert "has read 10,024 tokens, more than the 10,018 of this" in refused.err
     # The end of the reading can be gone back to.
     assert keep("b", "--json").figures["reused_tokens"] == 10_010
 
@@ -303,7 +304,7 @@ def test_contexts_are_listed_forked_renamed_and_removed(
     assert kvstore("contexts", store, "sweep").out.startswith("0 blocks")
     kvstore("contexts", store, "rm", "c")
     assert kvstore("contexts", store).out == "no context is kept here\n"
-    assert "there are: -" in ask("c").err
+    assert "there are: none" in ask("c").err
 
 
 def test_damage_is_found_and_mended(
@@ -449,17 +450,76 @@ def test_another_model_is_never_served(
     ran = ask("a")
     assert ran.code == 2
     assert "mine.safetensors: its weights have changed since" in ran.err
-    assert "leave --model out" in ask("a", "--model", mine).err
+    other = ask("a", "--model", mine).err
+    assert f"was read by {mine}: {mine} is another model" in other
     ran = keep("a", "--model", mine)
     assert ran.code == 2
     assert "was read by another model" in ran.err
     mine.unlink()
     ran = ask("a")
     assert ran.code == 2
-    assert "mine.safetensors" in ran.err
+    moved = "which is not there: if it was moved, say with --model FILE where to"
+    assert f"context 'a' was read by {mine}, {moved}" in ran.err
     assert ask("a", "--model", weights).code == 0  # the same one, elsewhere
     assert keep("a", "--json").figures["reused_tokens"] == 10_010
     assert ask("a").code == 0
+
+
+def test_a_store_is_for_models_of_one_kind(
+    keep: Kvstore, weights: Path, families: dict[str, Path], store: Path
+) -> None:
+    keep("a")
+    (other,) = set(families.values()) - {weights}
+    ran = keep("b", "--model", other)
+    assert ran.code == 2
+    assert f"--store {store} holds other blocks than {other} makes" in ran.err
+
+
+def test_a_context_that_has_read_more_says_so(keep: Kvstore, ask: Kvstore) -> None:
+    keep("a")
+    assert ask("a", "--append").figures["tokens"] == 10_024
+    ran = keep("a")
+    assert ran.code == 2
+    assert "context 'a' has read 10,024 tokens, more than the 10,010 of this: " in ran.err
+
+
+def test_figures_of_an_answer(ask: Kvstore, keep: Kvstore, kvstore: Kvstore, store: Path) -> None:
+    keep("a")
+    assert ask("a").figures["reused_tokens"] == ask("a").figures["tokens"] == 10_010
+    (told,) = kvstore("contexts", "--json", store).figures["contexts"]
+    assert set(told["info"]) == {"model", "retrieval", "index", "precision", "asked"}
+
+
+def test_a_store_in_use_can_be_verified_but_not_repaired(
+    kvstore: Kvstore, keep: Kvstore, store: Path
+) -> None:
+    keep("a")
+    keep("b")
+    config = StoreConfig(hot="1MiB", warm="1MiB", cold="64MiB", device="cpu")
+    with Store.open(store, config) as opened:
+        opened.put([torch.zeros(1, *p.shape, dtype=p.dtype) for p in opened.spec.planes])
+        opened.flush()
+        command = (sys.executable, "-m", "kvstore.cli.main", "verify", store)
+        ran = subprocess.run(command, capture_output=True, text=True)
+        assert ran.returncode == 0, ran.stderr
+        assert "2 contexts and" in ran.stdout
+        sweep = f"`kvstore contexts {store} sweep` removes them"
+        assert f"1 blocks belong to no context: {sweep}" in ran.stdout
+        ran = subprocess.run((*command, "--repair"), capture_output=True, text=True)
+        assert ran.returncode == 2
+        assert "in use by process" in ran.stderr
+    assert "1 blocks that no context had" in kvstore("contexts", store, "sweep").out
+
+
+def test_many_damaged_pages_are_counted(kvstore: Kvstore, keep: Kvstore, store: Path) -> None:
+    keep("a")
+    with (store / "data.mdb").open("r+b") as file:
+        file.truncate(8 * 4096)
+    ran = kvstore("verify", store, "--repair")
+    if ran.code == 0:
+        assert ran.out.count("in the file: ") <= 4
+        assert "0 faults" not in ran.out
+        assert len(set(ran.out.splitlines())) == len(ran.out.splitlines())
 
 
 def test_a_context_of_another_program_is_told_apart(

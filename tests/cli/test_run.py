@@ -172,6 +172,15 @@ def test_only_the_tokens_of_the_answer_are_timed(
     assert read("--json", text=text).figures["decode_ms_per_token"] > 0
 
 
+def test_a_text_without_an_end_is_refused(
+    kvstore: Kvstore, weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvstore.cli.run.LONGEST", 10_000)
+    ran = kvstore("run", "--text", "/dev/zero", "--prompt", "x", "--model", weights)
+    assert ran.code == 2
+    assert "/dev/zero is longer than 10,000 bytes" in ran.err
+
+
 def test_a_stop_ends_the_answer(read: Kvstore) -> None:
     said = read("--json", "--temperature", 1).figures["answer"]
     stop = next(c for c in said if c != "\ufffd")
@@ -312,7 +321,7 @@ class TestProcess:
         given = ["run", "--text", str(text), "--prompt", "x", "--model", str(weights)]
         return [sys.executable, "-c", code, *given]
 
-    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
     def test_a_stopped_reading_leaves_nothing(
         self, weights: Path, tmp_path: Path, temporary: Path, number: signal.Signals
     ) -> None:

@@ -199,6 +199,52 @@ def test_the_map_grows_while_others_read(directory):
     tier.close()
 
 
+@pytest.mark.parametrize("read_only", [False, True])
+def test_what_ctrl_c_left_unfinished_is_not_waited_for(directory, read_only):
+    """It strikes in between: the body has ended, and the context manager has not heard of it."""
+    with contextlib.closing(DiskTier(directory, SPEC, CAPACITY)) as tier:
+        write(tier, range(8))
+    tier = DiskTier(directory, SPEC, CAPACITY, read_only=read_only)
+    unfinished = []
+
+    def interrupted():
+        for left in (tier._snapshot(), tier._operation(), tier._snapshot()):
+            left.__enter__()
+            unfinished.append(left)
+        tier.abandon()
+        if not read_only:
+            locations = write(tier, range(100, 2000))  # the map grows
+            assert_stored(tier, range(100, 2000), locations)
+        unfinished.append(tier._snapshot())
+        unfinished[-1].__enter__()
+        tier.close()
+        unfinished.clear()  # as late as a traceback is dropped
+
+    thread = threading.Thread(target=interrupted, daemon=True)
+    thread.start()
+    thread.join(60)
+    assert not thread.is_alive()
+
+
+def test_close_waits_for_what_other_threads_read(directory):
+    tier = DiskTier(directory, SPEC, CAPACITY)
+    reading, seen = threading.Event(), []
+
+    def read_on():
+        with tier._snapshot():
+            reading.set()
+            seen.append(closed.wait(0.3))
+
+    closed = threading.Event()
+    thread = threading.Thread(target=read_on)
+    thread.start()
+    reading.wait()
+    tier.close()
+    closed.set()
+    thread.join()
+    assert seen == [False]
+
+
 def test_a_map_that_cannot_grow_is_a_named_error(directory, monkeypatch):
     tier = DiskTier(directory, SPEC, 64 << 20)
     locations = write(tier, range(50))

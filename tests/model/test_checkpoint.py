@@ -161,3 +161,10 @@ def refuse(path: Path) -> None:
         checkpoint.load(str(path))
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_weights_that_are_not_finite_are_refused(model: LandmarkTransformer, path: Path) -> None:
+    torch.nn.init.constant_(model.norm.gain, float("nan"))
+    checkpoint.save(model, path, {})
+    with pytest.raises(ValueError, match="it has weights that are not finite"):
+        checkpoint.load(str(path))

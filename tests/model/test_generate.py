@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from model.generate import PIECE, Sampling, generate, prefill, sample
+from model.generate import ASKED, PIECE, Sampling, generate, prefill, sample
 from model.landmark_stream import Retrieval
 
 
@@ -51,6 +51,15 @@ class Parrot:
         logits[self.script[self.said % len(self.script)]] = self.peak
         self.said += 1
         return logits
+
+
+def test_a_long_prompt_is_read_in_pieces() -> None:
+    parrot, prompt = Parrot(b"yes"), "why? " * 200
+    sampling = Sampling(max_new_tokens=3)
+    assert b"".join(generate(parrot, prompt, sampling)) == b"yes"  # type: ignore[arg-type]
+    (asker,) = parrot.forks
+    assert b"".join(asker.heard) == prompt.encode() + b"ye"
+    assert max(map(len, asker.heard)) == ASKED
 
 
 def answer(parrot: Parrot, **fields: object) -> bytes:

@@ -6,6 +6,7 @@ import argparse
 import ctypes
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -209,16 +210,38 @@ def test_what_is_no_state_is_refused(arguments: argparse.Namespace) -> None:
         train.planned(arguments)
 
 
-def test_shipped_weights_are_not_replaced_by_those_of_a_comparison(
-    arguments: argparse.Namespace,
-) -> None:
+def test_without_out_the_weights_lie_in_the_run(arguments: argparse.Namespace) -> None:
     arguments.out = None
-    assert train.planned(arguments)
-    arguments.share = 0.5
-    with pytest.raises(ValueError, match="give --out, too"):
+    train_until(119, arguments)
+    shipped = {path: path.stat().st_mtime_ns for path in checkpoint.SHIPPED.iterdir()}
+    train.train(train.planned(arguments))
+    assert checkpoint.load(str(arguments.run / "landmark.safetensors"))
+    assert {path: path.stat().st_mtime_ns for path in checkpoint.SHIPPED.iterdir()} == shipped
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("lr", -1.0, "--lr must be above 0, not -1"),
+        ("lr", math.nan, "--lr must be above 0, not nan"),
+        ("threads", 0, "--threads must be at least 1, not 0"),
+        ("device", "nowhere", "--device nowhere cannot be used here: "),
+        ("share", 1.5, "--share must be above 0 and at most 1, not 1.5"),
+        ("set", [("block_size", 48), ("segment", 48)], "block_size 48 must divide 128 bytes"),
+        ("set", [("tops", 4)], "--set: there is no 'tops'; there are family, width, "),
+    ],
+)
+def test_wrong_settings_are_refused(
+    arguments: argparse.Namespace, name: str, value: object, says: str
+) -> None:
+    setattr(arguments, name, value)
+    with pytest.raises(ValueError, match=re.escape(says)):
         train.planned(arguments)
-    arguments.share, arguments.set = 1.0, [("near", 3)]
-    with pytest.raises(ValueError, match="give --out, too"):
+
+
+def test_a_run_that_is_a_file_is_refused(arguments: argparse.Namespace) -> None:
+    arguments.run.write_text("")
+    with pytest.raises(ValueError, match=r"--run .* is not a folder"):
         train.planned(arguments)
 
 
@@ -430,7 +453,7 @@ def test_a_model_of_other_sizes_for_a_share_of_the_steps(
     told = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (told["steps"], told["share"]) == (steps, 0.25)
     for given, says in (
-        ("none=1", "unexpected keyword argument 'none'"),
+        ("none=1", "there is no 'none'"),
         ("top_k=0", "at least 1"),
         ("grams=[0]", "each of grams must be at least 1"),
     ):

@@ -280,7 +280,7 @@ def main() -> None:
             f"{row['block_bytes']:>8}  {row['name']:20}{row['ratio']:>7.3f}"
             f"{row['encode_mb_s']:>9.0f}{row['decode_mb_s']:>9.0f}"
         )
-    print(json.dumps({"turns": args.turns, "rows": rows}))
+    print(json.dumps({"bench": "codec", "turns": args.turns, "rows": rows}))
 
 
 if __name__ == "__main__":

@@ -261,7 +261,7 @@ class GCAStream(Stream):
             draw = random.Random(self._read_to << 8 | g).sample
             drawn = [draw(range(limit), min(limit, r.top_k)) for limit in limits.tolist()]
             filled = [some + [-1] * (r.top_k - len(some)) for some in drawn]
-            chunks = torch.tensor(filled, device=self.device)
+            chunks = torch.tensor(filled, dtype=torch.int64).view(-1, r.top_k).to(self.device)
         chunks = torch.cat((nearest, chunks), dim=-1)
         absent = chunks < 0
         if absent.all():

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 
-from kvstore.cli.usage import ModuleParser
 from model import checkpoint
 from model.corpus import text_named
+from model.module_parser import ModuleParser
 
 
 class Parser(ModuleParser):

@@ -21,10 +21,10 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from kvstore.cli.usage import ModuleParser
 from model import checkpoint, train_gca, train_landmark
 from model.corpus import Corpus, read_text, text_named
 from model.families import family_of
+from model.module_parser import ModuleParser
 from model.recipe import Recipe
 from model.stages import Stage, learning_rate, stage_of
 from model.tasks import Tasks, batch

@@ -25,13 +25,6 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(message)
 
 
-class ModuleParser(argparse.ArgumentParser):
-    """The parser of a module that is run by itself (`python -m`): one line, and exit code 2."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {' '.join(message.splitlines())}\n")
-
-
 @contextmanager
 def checking_input() -> Iterator[None]:
     """Turn the errors that mean bad input into UsageError, here and only here.

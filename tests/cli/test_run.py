@@ -313,9 +313,10 @@ class TestProcess:
     """What only a real process shows."""
 
     def command(self, weights: Path, text: Path) -> list[str]:
-        # Whoever runs the tests in the background ignores SIGINT, and so would the child.
+        # Whoever runs the tests in the background ignores SIGINT or SIGHUP, and so would the child.
         code = (
             "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
+            "signal.signal(signal.SIGHUP, signal.SIG_DFL);"
             "from kvstore.cli.main import main; sys.exit(main(sys.argv[1:]))"
         )
         given = ["run", "--text", str(text), "--prompt", "x", "--model", str(weights)]

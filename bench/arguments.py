@@ -11,8 +11,6 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
 from model import checkpoint
 from model.corpus import text_named
 from model.module_parser import ModuleParser
@@ -72,16 +70,6 @@ def of_landmark(name: str) -> str:
     if family != "landmark":
         raise argparse.ArgumentTypeError(f"{name!r} is of family {family!r}, not 'landmark'")
     return name
-
-
-def device(value: str) -> str:
-    """Read where a model can run."""
-    try:
-        torch.zeros(1, device=value)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise argparse.ArgumentTypeError(f"{value!r} cannot be used here: {reason}") from None
-    return value
 
 
 def folder(value: str) -> Path:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bench.arguments import Parser, at_least, device, of_landmark
+from bench.arguments import Parser, at_least, of_landmark
 from bench.reading import cache_bytes, reading
 from kvstore.block import BlockSpec
 from kvstore.config import StoreConfig
@@ -29,6 +29,7 @@ from model.attention import block_attention
 from model.generate import prefill
 from model.landmark import LandmarkAttention
 from model.landmark_stream import Groups, LandmarkStream
+from model.module_parser import device
 
 
 def pair(first: Callable[[], object], second: Callable[[], object], n: int) -> tuple[float, float]:

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from bench.arguments import Parser, at_least, device, of_any, picture
+from bench.arguments import Parser, at_least, of_any, picture
 from bench.decode import matmul_rate
 from bench.index import measure
 from bench.reading import SHARES, cache_bytes, reading
@@ -29,6 +29,7 @@ from kvstore.config import IndexConfig
 from kvstore.index import LandmarkIndex
 from model import checkpoint, haystack
 from model.generate import prefill
+from model.module_parser import device
 from model.stream import Stream
 
 LENGTHS = (64 * 1024, 1024 * 1024, 16 * 1024 * 1024)

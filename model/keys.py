@@ -30,12 +30,10 @@ def draw_name(rng: np.random.Generator) -> str:
 
 def draw_names(rng: np.random.Generator, count: int) -> list[str]:
     """Draw different names."""
-    names: list[str] = []
+    names: dict[str, None] = {}  # in order
     while len(names) < count:
-        name = draw_name(rng)
-        if name not in names:
-            names.append(name)
-    return names
+        names[draw_name(rng)] = None
+    return list(names)
 
 
 def say(name: str, number: int) -> str:

@@ -24,7 +24,7 @@ from torch import nn
 from model import checkpoint, train_gca, train_landmark
 from model.corpus import Corpus, read_text, text_named
 from model.families import family_of
-from model.module_parser import ModuleParser
+from model.module_parser import ModuleParser, device
 from model.recipe import Recipe
 from model.stages import Stage, learning_rate, stage_of
 from model.tasks import Tasks, batch
@@ -106,11 +106,6 @@ def planned(arguments: argparse.Namespace) -> Plan:
         raise ValueError(f"--lr must be above 0, not {arguments.lr:g}")
     if arguments.threads < 1:
         raise ValueError(f"--threads must be at least 1, not {arguments.threads}")
-    try:
-        torch.zeros(1, device=arguments.device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--device {arguments.device} cannot be used here: {reason}") from None
     if arguments.run.exists() and not arguments.run.is_dir():
         raise ValueError(f"--run {arguments.run} is not a folder")
     sizes = recipe.config()
@@ -245,7 +240,7 @@ def main() -> int:
         help="sizes of the model that differ from the shipped one's, like groups=1",
     )
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", type=device, default="cpu")
     parser.add_argument(
         "--no-compile", dest="compile", action="store_false",
         help="do without torch.compile, which needs a C++ compiler and is 1.8 times as fast",

@@ -60,6 +60,14 @@ WRONG = {
 }
 
 
+@pytest.fixture
+def bench(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    if name == "training":
+        pytest.importorskip("matplotlib")
+    return name
+
+
 def run(monkeypatch: pytest.MonkeyPatch, bench: str, line: str, folder: Path) -> int:
     words = [word.format(folder=folder) for word in line.split()]
     monkeypatch.setattr(sys, "argv", ["bench", *words])
@@ -74,15 +82,13 @@ def test_none_is_left_out() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("bench", SMALLEST)
+@pytest.mark.parametrize("bench", SMALLEST, indirect=True)
 def test_it_runs_and_ends_with_json(
     bench: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    if bench == "training":
-        pytest.importorskip("matplotlib")
     for novel in ("moby_dick", "great_expectations"):
         (tmp_path / f"{novel}.txt").write_bytes(haystack.random_words(4096, len(novel)))
     (tmp_path / "log.jsonl").write_text('{"step": 50, "length": 512, "loss": 2.0}\n')
@@ -92,15 +98,13 @@ def test_it_runs_and_ends_with_json(
     assert len(report) > 1
 
 
-@pytest.mark.parametrize("bench", WRONG)
+@pytest.mark.parametrize("bench", WRONG, indirect=True)
 def test_wrong_input_is_one_line(
     bench: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    if bench == "training":
-        pytest.importorskip("matplotlib")
     line, reason = WRONG[bench]
     assert run(monkeypatch, bench, line, tmp_path) == 2
     said = capfd.readouterr()
@@ -110,7 +114,7 @@ def test_wrong_input_is_one_line(
     assert said.err.count("\n") == 1
 
 
-@pytest.mark.parametrize("bench", BENCHES)
+@pytest.mark.parametrize("bench", BENCHES, indirect=True)
 def test_help_has_an_example(
     bench: str,
     tmp_path: Path,

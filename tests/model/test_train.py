@@ -225,7 +225,6 @@ def test_without_out_the_weights_lie_in_the_run(arguments: argparse.Namespace) -
         ("lr", -1.0, "--lr must be above 0, not -1"),
         ("lr", math.nan, "--lr must be above 0, not nan"),
         ("threads", 0, "--threads must be at least 1, not 0"),
-        ("device", "nowhere", "--device nowhere cannot be used here: "),
         ("share", 1.5, "--share must be above 0 and at most 1, not 1.5"),
         ("set", [("block_size", 48), ("segment", 48)], "block_size 48 must divide 128 bytes"),
         ("set", [("tops", 4)], "--set: there is no 'tops'; there are family, width, "),
@@ -237,6 +236,18 @@ def test_wrong_settings_are_refused(
     setattr(arguments, name, value)
     with pytest.raises(ValueError, match=re.escape(says)):
         train.planned(arguments)
+
+
+def test_wrong_usage_is_one_line(
+    texts: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ["train", "landmark", "--corpus", str(texts), "--device", "nowhere"]
+    monkeypatch.setattr(sys, "argv", line)
+    with pytest.raises(SystemExit, match="2"):
+        train.main()
+    said = capsys.readouterr().err
+    assert said.startswith("python -m model.train: error: argument --device: 'nowhere' cannot be")
+    assert said.count("\n") == 1
 
 
 def test_a_run_that_is_a_file_is_refused(arguments: argparse.Namespace) -> None:

@@ -12,6 +12,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bench.arguments import Parser, at_least, of_landmark
-from bench.reading import cache_bytes, reading
+from bench.reading import cache_bytes, in_turns, reading
 from kvstore.block import BlockSpec
 from kvstore.config import StoreConfig
 from kvstore.store import Store
@@ -30,6 +31,9 @@ from model.generate import prefill
 from model.landmark import LandmarkAttention
 from model.landmark_stream import Groups, LandmarkStream
 from model.module_parser import device
+
+RUNS = ("as it comes", "all hits")
+"""The same bytes are decoded twice: the second time over, everything is hot."""
 
 
 def pair(first: Callable[[], object], second: Callable[[], object], n: int) -> tuple[float, float]:
@@ -133,47 +137,62 @@ class TimedStream(LandmarkStream):
         return out
 
 
-def decode(asker: TimedStream, tokens: Tensor) -> np.ndarray:
-    """Read tokens one by one; return seconds [tokens, 3]: whole, retrieving layers, attention."""
-    rows = []
-    for token in tokens:
-        asker.retrieving_seconds = asker.attention_seconds = 0.0
-        began = time.perf_counter()
-        asker.read(token[None])
-        whole = time.perf_counter() - began
-        rows.append((whole, asker.retrieving_seconds, asker.attention_seconds))
-    return np.array(rows)
+def decode(askers: list[TimedStream], texts: list[Tensor]) -> np.ndarray:
+    """Let each read its text byte by byte, all in turn.
+
+    Return milliseconds [streams, turns, 3], medians: a token, in the retrieving layers, attention.
+    """
+    turns = []
+    for asker, text in in_turns(askers, texts):
+        seconds = []
+        for token in text:
+            asker.retrieving_seconds = asker.attention_seconds = 0.0
+            began = time.perf_counter()
+            asker.read(token[None])
+            whole = time.perf_counter() - began
+            seconds.append((whole, asker.retrieving_seconds, asker.attention_seconds))
+        turns.append(1e3 * np.median(seconds, axis=0))
+    return np.array(turns).reshape(-1, len(askers), 3).swapaxes(0, 1)
 
 
-def length(name: str, tokens: int, steps: int, device: str) -> dict[str, Any]:
-    """Read `tokens` of library source, then decode the `steps` bytes that follow it."""
+def decoded(name: str, lengths: list[int], steps: int, device: str) -> list[dict[str, Any]]:
+    """Read library source of each length, then decode the `steps` bytes that follow, in turn."""
     model = checkpoint.load(name).to(device)
-    text = haystack.source_text(tokens + steps, seed=1)
-    after = torch.frombuffer(bytearray(text[tokens:]), dtype=torch.uint8)
-    with reading(model, tokens, device=device) as plain:
-        stream = TimedStream(model, plain.context)
-        began = time.perf_counter()
-        prefill(stream, text[:tokens])
-        seconds = time.perf_counter() - began
-        stream.context.index.wait()
-        rows = {}
-        stream.save_state()
-        for run in ("as it comes", "all hits"):  # the second time over, everything is hot
-            asker = TimedStream(model, stream.context.fork())
-            before = stream.store.stats.snapshot()
-            seconds_of = decode(asker, after)
-            now = stream.store.stats.snapshot()
-            asker.context.close()
-            lookups = now["lookups"] - before["lookups"]
-            hot = now["tiers"]["hot"]["hits"] - before["tiers"]["hot"]["hits"]
-            rows[run] = {
-                "ms_per_token": float(np.median(seconds_of[:, 0])) * 1e3,
-                "ms_mean": float(seconds_of[:, 0].mean()) * 1e3,
-                "retrieving_ms": float(np.median(seconds_of[:, 1])) * 1e3,
-                "attention_ms": float(np.median(seconds_of[:, 2])) * 1e3,
-                "hot_share": hot / max(1, lookups),
-            }
-    return {"tokens": tokens, "prefill_tokens_per_s": tokens / seconds, "n": steps, **rows}
+    streams, rows, after = [], [], []
+    with ExitStack() as stack:
+        for tokens in lengths:
+            text = haystack.source_text(tokens + steps, seed=1)
+            after.append(torch.frombuffer(bytearray(text[tokens:]), dtype=torch.uint8))
+            plain = stack.enter_context(reading(model, tokens, device=device))
+            stream = TimedStream(model, plain.context)
+            began = time.perf_counter()
+            prefill(stream, text[:tokens])
+            seconds = time.perf_counter() - began
+            stream.context.index.wait()
+            stream.save_state()
+            streams.append(stream)
+            row: dict[str, Any] = {"tokens": tokens, "prefill_tokens_per_s": tokens / seconds}
+            rows.append(row | {"n": steps})
+        for run in RUNS:
+            askers = [TimedStream(model, stream.context.fork()) for stream in streams]
+            before = [stream.store.stats.snapshot() for stream in streams]
+            turns = decode(askers, after)
+            for stream, asker, row, was, each in zip(
+                streams, askers, rows, before, turns, strict=True
+            ):
+                asker.context.close()
+                now = stream.store.stats.snapshot()
+                lookups = now["lookups"] - was["lookups"]
+                hot = now["tiers"]["hot"]["hits"] - was["tiers"]["hot"]["hits"]
+                whole, retrieving, attention = np.median(each, axis=0).tolist()
+                row[run] = {
+                    "ms_per_token": whole,
+                    "retrieving_ms": retrieving,
+                    "attention_ms": attention,
+                    "turns_ms": each[:, 0].tolist(),
+                    "hot_share": hot / max(1, lookups),
+                }
+    return rows
 
 
 def full_attention(name: str, tokens: int, device: str, n: int) -> dict[str, Any]:
@@ -241,23 +260,22 @@ def main() -> None:
             f" bookkeeping {row['bookkeeping_us']:.0f} us",
             flush=True,
         )
-    report["lengths"] = []
-    for tokens in a.lengths:
-        row = length(a.model, tokens, a.steps, a.device)
-        report["lengths"].append(row)
-        print(f"{tokens} tokens: prefill {row['prefill_tokens_per_s']:.0f} tokens/s", flush=True)
-        for run in ("as it comes", "all hits"):
+    report["lengths"] = decoded(a.model, a.lengths, a.steps, a.device)
+    for row in report["lengths"]:
+        print(f"{row['tokens']} tokens: prefill {row['prefill_tokens_per_s']:.0f} tokens/s")
+        for run in RUNS:
             r = row[run]
             print(
-                f"  {run}: {r['ms_per_token']:.2f} ms a token (mean {r['ms_mean']:.2f}),"
+                f"  {run}: {r['ms_per_token']:.2f} ms a token,"
                 f" {r['retrieving_ms']:.2f} in the retrieving layers, {r['attention_ms']:.2f} of it"
                 f" for attention through the store; hot {r['hot_share']:.1%}",
                 flush=True,
             )
     first, last = report["lengths"][0], report["lengths"][-1]
     full = report["full_attention"] = full_attention(a.model, last["tokens"], a.device, 10)
-    ratio = last["as it comes"]["ms_per_token"] / first["as it comes"]["ms_per_token"]
-    hits = last["all hits"]["ms_per_token"] / first["all hits"]["ms_per_token"]
+    ratio, hits = (
+        float(np.median(np.divide(last[run]["turns_ms"], first[run]["turns_ms"]))) for run in RUNS
+    )
     speedup = full["ms_per_token"] / last["as it comes"]["attention_ms"]
     layers = full["ms_per_token"] / last["as it comes"]["retrieving_ms"]
     prefill_ratio = last["prefill_tokens_per_s"] / first["prefill_tokens_per_s"]

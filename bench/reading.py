@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from math import sqrt
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from kvstore.config import IndexConfig, StoreConfig
 from kvstore.store import Store
@@ -17,6 +18,12 @@ from model.stream import Stream
 
 SHARES = (1 / 32, 1 / 8)
 """Hot and warm tier as shares of the whole cache: 32 MiB and 128 MiB of 1 GiB."""
+
+
+TURN = 16
+"""Tokens that one stream reads before it is the next one's turn."""
+
+S = TypeVar("S", bound=Stream)
 
 
 def cache_bytes(model: Any, tokens: int) -> int:
@@ -51,6 +58,13 @@ def reading(
     with Store(layout.spec, store_config) as store:
         context = store.context(None, streams=layout.streams, landmark_dim=layout.landmark_dim)
         yield read_with(model, context, retrieval)
+
+
+def in_turns(streams: Sequence[S], texts: Sequence[Tensor]) -> Iterator[tuple[S, Tensor]]:
+    """Yield each stream with the next TURN tokens of its text, in turn, until no text is left."""
+    for start in range(0, max(map(len, texts)), TURN):
+        for stream, text in zip(streams, texts, strict=True):
+            yield stream, text[start : start + TURN]
 
 
 def standard_error(values: NDArray[np.floating[Any]]) -> float:

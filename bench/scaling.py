@@ -1,8 +1,8 @@
 """What a text's length costs: reading, a written token, a query of the index, and memory.
 
 Each length is read in one go with the memory tiers the same share of the cache; then the bytes that
-follow it are read one by one in a fork, as an answer is written. Their queries are asked again of
-that text's landmarks, exactly and through HNSW, in turn. Medians are reported.
+follow it are read one by one in a fork, as an answer is written, all lengths in turn. Their queries
+are asked again of that text's landmarks, exactly and through HNSW, in turn. Medians are reported.
 
 python -m bench.scaling --model gca --plot docs/scaling.png
 """
@@ -10,11 +10,13 @@ python -m bench.scaling --model gca --plot docs/scaling.png
 from __future__ import annotations
 
 import json
-import statistics
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import Progress
@@ -23,7 +25,7 @@ from torch import Tensor
 from bench.arguments import Parser, at_least, of_any, picture
 from bench.decode import matmul_rate
 from bench.index import measure
-from bench.reading import SHARES, cache_bytes, reading
+from bench.reading import SHARES, cache_bytes, in_turns, reading
 from bench.soak import anonymous_bytes
 from kvstore.config import IndexConfig
 from kvstore.index import LandmarkIndex
@@ -51,20 +53,28 @@ def listen(stream: Stream) -> list[Tensor]:
     return heard
 
 
-def write(stream: Stream, tokens: Tensor) -> tuple[list[float], Tensor]:
-    """Read tokens one by one, as an answer; return the seconds and the queries [m, dim]."""
-    asker = stream.fork()
-    try:
-        asker.retrieval = asker.answering()
-        heard = listen(asker)
-        seconds = []
-        for token in tokens:
-            began = time.perf_counter()
-            asker.read(token[None])
-            seconds.append(time.perf_counter() - began)
-    finally:
-        asker.context.close()
-    return seconds, torch.cat(heard)
+def write(streams: list[Stream], texts: list[Tensor]) -> tuple[np.ndarray, list[Tensor]]:
+    """Read a text behind each stream byte by byte, as an answer, in turns.
+
+    Return milliseconds a byte [streams, turns], medians, and each stream's queries [m, dim].
+    """
+    with ExitStack() as stack:
+        askers, heard = [], []
+        for stream in streams:
+            asker = stream.fork()
+            stack.callback(asker.context.close)
+            asker.retrieval = asker.answering()
+            askers.append(asker)
+            heard.append(listen(asker))
+        turns: list[float] = []
+        for asker, text in in_turns(askers, texts):
+            seconds = []
+            for token in text:
+                began = time.perf_counter()
+                asker.read(token[None])
+                seconds.append(time.perf_counter() - began)
+            turns.append(1e3 * float(np.median(seconds)))
+    return np.array(turns).reshape(-1, len(streams)).T, [torch.cat(each) for each in heard]
 
 
 def query_times(landmarks: Tensor, queries: Tensor, k: int, seconds: float) -> dict[str, Any]:
@@ -84,11 +94,11 @@ def query_times(landmarks: Tensor, queries: Tensor, k: int, seconds: float) -> d
     return {"build_seconds": built, **row}
 
 
-def length(name: str, tokens: int, steps: int, device: str, kind: str) -> dict[str, Any]:
-    """Read `tokens` of library source, then the `steps` bytes that follow it."""
-    model = checkpoint.load(name).to(device)
-    text = haystack.source_text(tokens + steps, seed=1)
-    after = torch.frombuffer(bytearray(text[tokens:]), dtype=torch.uint8)
+@contextmanager
+def text_read(
+    model: Any, tokens: int, kind: str, device: str, text: bytes
+) -> Iterator[tuple[Stream, dict[str, Any]]]:
+    """Read `text` of `tokens` tokens; yield the stream, still open, and what reading took."""
     before = most = anonymous_bytes()
 
     def note(done: int) -> None:
@@ -101,29 +111,56 @@ def length(name: str, tokens: int, steps: int, device: str, kind: str) -> dict[s
         with Progress(console=console, disable=not console.is_terminal) as progress:
             task = progress.add_task(f"{tokens:,} tokens", total=tokens)
             began = time.perf_counter()
-            prefill(stream, text[:tokens], note)
+            prefill(stream, text, note)
             seconds = time.perf_counter() - began
         stream.context.index.wait()
-        write(stream, after[: steps // 4])  # what it reads the first time is on disk, and cold
-        written, queries = write(stream, after)
-        index, usage = stream.context.index, stream.store.usage()
-        stats = stream.store.stats.snapshot()
-        row = {
-            "tokens": tokens,
-            "prefill_seconds": seconds,
-            "prefill_tokens_per_s": tokens / seconds,
-            "write_ms_per_token": 1e3 * statistics.median(written),
-            "cache_bytes": cache_bytes(model, tokens),
-            "used_bytes": {tier: each.used_bytes for tier, each in usage.items()},
-            "index_bytes": index.nbytes,
-            "kind": index.stats.kind,
-            "hits": {tier: each["hits"] for tier, each in stats["tiers"].items()},
-            "lookups": stats["lookups"],
-            "landmarks": index.length(0),
-            "anonymous_bytes": max(most, anonymous_bytes()) - before,
-        }
-        row |= query_times(index.landmarks(0).float().cpu(), queries.cpu(), model.config.top_k, 2.0)
-    return row
+        yield (
+            stream,
+            {
+                "tokens": tokens,
+                "prefill_seconds": seconds,
+                "prefill_tokens_per_s": tokens / seconds,
+                "cache_bytes": cache_bytes(model, tokens),
+                "anonymous_bytes": max(most, anonymous_bytes()) - before,
+            },
+        )
+
+
+def measured(
+    name: str, lengths: list[int], steps: int, device: str, kind: str
+) -> tuple[list[dict[str, Any]], np.ndarray]:
+    """Read library source of each length, then write the `steps` bytes that follow, in turn.
+
+    Return a row for each length and the milliseconds a written byte [lengths, turns].
+    """
+    model = checkpoint.load(name).to(device)
+    streams, rows, after = [], [], []
+    with ExitStack() as stack:
+        for tokens in lengths:
+            text = haystack.source_text(tokens + steps, seed=1)
+            after.append(torch.frombuffer(bytearray(text[tokens:]), dtype=torch.uint8))
+            opened = text_read(model, tokens, kind, device, text[:tokens])
+            stream, row = stack.enter_context(opened)
+            streams.append(stream)
+            rows.append(row)
+        # What they read the first time is on disk, and cold.
+        write(streams, [text[: steps // 4] for text in after])
+        turns, heard = write(streams, after)
+        for stream, row, queries, times in zip(streams, rows, heard, turns, strict=True):
+            index, stats = stream.context.index, stream.store.stats.snapshot()
+            usage = stream.store.usage()
+            row |= {
+                "write_ms_per_token": float(np.median(times)),
+                "used_bytes": {tier: each.used_bytes for tier, each in usage.items()},
+                "index_bytes": index.nbytes,
+                "kind": index.stats.kind,
+                "hits": {tier: each["hits"] for tier, each in stats["tiers"].items()},
+                "lookups": stats["lookups"],
+                "landmarks": index.length(0),
+            }
+            landmarks = index.landmarks(0).float().cpu()
+            row |= query_times(landmarks, queries.cpu(), model.config.top_k, 2.0)
+    return rows, turns
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
@@ -170,23 +207,20 @@ def main() -> None:
     report: dict[str, Any] = {"bench": "scaling", "model": a.model, "shares": SHARES}
     report["index"] = a.index
     report |= {"threads": torch.get_num_threads(), "matmul_gflop_s": round(matmul_rate())}
-    rows = []
-    for tokens in a.lengths:
-        row = length(a.model, tokens, a.steps, a.device, a.index)
-        rows.append(row)
+    rows, turns = measured(a.model, a.lengths, a.steps, a.device, a.index)
+    for row in rows:
         print(
-            f"{tokens:>9} tokens: read {row['prefill_tokens_per_s']:.0f} tokens/s,"
+            f"{row['tokens']:>9} tokens: read {row['prefill_tokens_per_s']:.0f} tokens/s,"
             f" written {row['write_ms_per_token']:.2f} ms a token ({row['kind']});"
             f" {row['landmarks']} landmarks, a query {row['hnsw_us']:.0f} us by HNSW"
             f" (recall {row['recall']:.3f}), {row['exact_us']:.0f} us exactly;"
             f" {row['anonymous_bytes'] / 2**20:.0f} MiB anonymous of a cache of"
-            f" {row['cache_bytes'] / 2**20:.0f}",
-            flush=True,
+            f" {row['cache_bytes'] / 2**20:.0f}"
         )
     first, last = rows[0], rows[-1]
     report |= {
         "rows": rows,
-        "write_ratio": last["write_ms_per_token"] / first["write_ms_per_token"],
+        "write_ratio": float(np.median(turns[-1] / turns[0])),
         "query_ratio": last["hnsw_us"] / first["hnsw_us"],
         "prefill_ratio": last["prefill_tokens_per_s"] / first["prefill_tokens_per_s"],
     }

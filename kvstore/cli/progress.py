@@ -5,9 +5,10 @@ Draws only on a terminal. Never asks the store anything itself: its refresh thre
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from types import TracebackType
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.text import Text
 
@@ -19,26 +20,33 @@ class _Speed(ProgressColumn):
         return Text(f"{task.speed or 0:,.0f} tokens/s", style="dim")
 
 
-class _Fills(ProgressColumn):
-    def render(self, task: Task) -> Text:
-        line = Text()
-        for name, share in task.fields["fills"].items():
-            line.append(f"{name} ", style="dim")
-            line.append(bar(share, 1, 4), style=f"{COLORS[name]} on grey23")
-            line.append(f" {share:.0%}  ", style="dim")
-        return line
+class _Reading(Progress):
+    """The tiers' fills stand on a line of their own: beside the rest they need 120 columns."""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        for task in self.tasks:
+            yield _fills(task.fields["fills"])
+
+
+def _fills(shares: dict[str, float]) -> Text:
+    line = Text()
+    for name, share in shares.items():
+        line.append(f"{name} ", style="dim")
+        line.append(bar(share, 1, 12), style=f"{COLORS[name]} on grey23")
+        line.append(f" {share:4.0%}   ", style="dim")
+    return line
 
 
 class ReadingProgress:
-    """A bar of tokens read, their rate and each tier's fill."""
+    """A bar of tokens read, their rate and, below, each tier's fill."""
 
     def __init__(self, tokens: int, console: Console, quiet: bool) -> None:
-        self._progress = Progress(
+        self._progress = _Reading(
             TextColumn("reading"),
             BarColumn(bar_width=24),
             TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
             _Speed(),
-            _Fills(),
             console=console,
             disable=quiet or not console.is_terminal,
             transient=True,

@@ -63,8 +63,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(exit.code or 0)
     except UsageError as error:
         return _fail(name, f"error: {error}", 2)
-    except (KVStoreError, MemoryError) as error:
-        message = str(error) or "not enough memory"
+    except MemoryError as error:
+        return _fail(name, f"error: {_no_memory(error, args)}", 1)
+    except KVStoreError as error:
+        message = str(error)
         directory = getattr(args, "store", None)
         if isinstance(error, CorruptBlockError) and directory and "kvstore verify" not in message:
             if name != "kvstore verify":
@@ -84,6 +86,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as stop:
         number = stop.number if isinstance(stop, Stopped) else signal.SIGINT
         return _fail(name, "interrupted", 128 + number)
+
+
+def _no_memory(error: MemoryError, args: argparse.Namespace | None) -> str:
+    message = "not enough memory"
+    if args is not None and "hot" in args:
+        message += f" with --hot {args.hot} and --warm {args.warm}"
+    return f"{message}: {error}" if str(error) else message
 
 
 def _parsers() -> tuple[Parser, set[str]]:

@@ -316,5 +316,5 @@ def opened(
     except RuntimeError as error:
         # torch has no exception of its own for a CPU's memory.
         if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
-            raise MemoryError(f"not enough memory: {str(error).splitlines()[0]}") from error
+            raise MemoryError(str(error).splitlines()[0]) from error
         raise

@@ -219,7 +219,8 @@ class TestEndings:
         assert failing(error) == (1, "", "kvstore run: error: no room\n")
 
     def test_no_memory(self, failing) -> None:
-        assert failing(MemoryError()) == (1, "", "kvstore run: error: not enough memory\n")
+        said = "kvstore run: error: not enough memory with --hot 64MiB and --warm 256MiB\n"
+        assert failing(MemoryError()) == (1, "", said)
 
     def test_ctrl_c(self, failing) -> None:
         before = signal.getsignal(signal.SIGINT)

@@ -246,7 +246,7 @@ def test_what_torch_says_when_memory_ends(read: Kvstore, monkeypatch: pytest.Mon
     monkeypatch.setattr(session, "prefill", fail)
     ran = read()
     assert ran.code == 1
-    assert ran.err.startswith("kvstore run: error: not enough memory: ")
+    assert re.match("kvstore run: error: not enough memory with --hot .* and --warm .*: ", ran.err)
     assert ran.err.count("\n") == 1
 
 

@@ -50,10 +50,15 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
         ("sweep", (), "remove the blocks that no context has: a killed process may leave some"),
     ):
         action = actions.add_parser(
-            name, help=about, description=about, formatter_class=options.HelpFormatter
+            name,
+            help=about,
+            description=about,
+            argument_default=argparse.SUPPRESS,  # --json is said before it or behind it
+            formatter_class=options.HelpFormatter,
         )
         for each in names:
             action.add_argument(each.lower(), metavar=each, type=words)
+        options.add_json(action)
     parser.set_defaults(main=main)
 
 

@@ -204,6 +204,15 @@ def test_snapshots_are_dense_at_the_beginning(
     assert reused == [0, 4096, 4096, 8192, 12_288, 16_384, 28_672]
 
 
+def test_json_is_said_before_a_change_or_behind_it(
+    kvstore: Kvstore, keep: Kvstore, store: Path
+) -> None:
+    keep("a")
+    for argv in (("--json", "fork", "a", "b"), ("fork", "a", "c", "--json")):
+        listed = kvstore("contexts", store, *argv).figures["contexts"]
+    assert [each["name"] for each in listed] == ["a", "b", "c"]
+
+
 def test_a_context_of_another_version_stands_in_nobodys_way(
     kvstore: Kvstore, keep: Kvstore, store: Path
 ) -> None:

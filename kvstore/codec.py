@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -149,9 +149,19 @@ class Codec:
         CorruptBlockError naming the block; what its rows hold then is undefined.
         """
         self._check_arrays(ids, out, rows)
+        words = [plane.view(word) for plane, word in zip(out, self._words, strict=True)]
+        for group, blocks in self._verified(ids, frames):
+            self._merge(blocks, words, group if rows is None else _in_a_row(rows[group]))
+
+    def verify(self, ids: Ids, frames: Sequence[Frame]) -> None:
+        """Raise what `decode` would, without putting the planes together."""
+        for _ in self._verified(ids, frames):
+            pass
+
+    def _verified(self, ids: Ids, frames: Sequence[Frame]) -> Iterator[tuple[slice, Bytes2D]]:
+        """Verify and decompress group by group: yield which frames, and all units of each."""
         if len(frames) != len(ids):
             raise ValueError(f"{len(ids)} ids for {len(frames)} frames")
-        words = [plane.view(word) for plane, word in zip(out, self._words, strict=True)]
         views = [memoryview(frame) for frame in frames]
         expected = self._checked_headers(ids, views)
         for start in range(0, len(ids), self._group):
@@ -161,8 +171,7 @@ class Codec:
             if found != expected[group]:
                 raise self._damaged(ids[group], views[group])
             payloads = [view[self.header_nbytes :] for view in views[group]]
-            blocks = self._decompress(ids[group], payloads)
-            self._merge(blocks, words, group if rows is None else _in_a_row(rows[group]))
+            yield group, self._decompress(ids[group], payloads)
 
     def _check_arrays(
         self,

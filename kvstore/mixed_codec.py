@@ -66,12 +66,11 @@ class MixedCodec:
             return
         except CorruptBlockError:
             # Most stores are exact, and pay nothing for those that are not.
-            kinds = [self.exact.kind_of(frame) for frame in frames]
-            if not any(kind in self._lossy for kind in kinds):
+            kinds = self._kinds(frames)
+            if self._lossy.keys().isdisjoint(kinds):
                 raise
         places = np.arange(len(ids)) if rows is None else rows
-        for kind in set(kinds):
-            chosen = np.array([i for i, each in enumerate(kinds) if each == kind])
+        for kind, chosen in kinds.items():
             some = [frames[i] for i in chosen]
             if kind not in self._lossy:
                 self.exact.decode(ids[chosen], some, out, places[chosen])
@@ -82,3 +81,16 @@ class MixedCodec:
                 made = [np.empty((len(part), p.nbytes), np.uint8) for p in quantizer.spec.planes]
                 codec.decode(ids[part], some[start : start + _GROUP], made)
                 quantizer.restore(made, out, places[part])
+
+    def verify(self, ids: Ids, frames: Sequence[Frame]) -> None:
+        """Raise what `decode` would, without making the planes."""
+        for kind, chosen in self._kinds(frames).items():
+            codec = self._lossy[kind][0] if kind in self._lossy else self.exact
+            codec.verify(ids[chosen], [frames[i] for i in chosen])
+
+    def _kinds(self, frames: Sequence[Frame]) -> dict[bytes, npt.NDArray[np.int64]]:
+        """Return the places of the frames of each kind, by what they say themselves."""
+        places: dict[bytes, list[int]] = {}
+        for place, frame in enumerate(frames):
+            places.setdefault(self.exact.kind_of(frame), []).append(place)
+        return {kind: np.array(some) for kind, some in places.items()}

@@ -181,27 +181,36 @@ class DiskTier:
         naming the first block that is not what was written.
         """
         with self._snapshot(buffers=True) as transaction:
-            numbers = (locations >> INDEX_BITS).tolist()
-            places = (4 * (locations & ((1 << INDEX_BITS) - 1))).tolist()
-            packs: dict[int, memoryview] = {}
-            frames = []
-            try:
-                for number, place in zip(numbers, places, strict=True):
-                    pack = packs.get(number)
-                    if pack is None:
-                        pack = packs[number] = memoryview(
-                            transaction.get(_key(number), b"", db=self._packs)
-                        )
-                    first, last = bounds(pack, place)
-                    frames.append(pack[first:last])
-            except lmdb.Error as error:
-                block = ids[len(frames)]
-                raise CorruptBlockError(
-                    f"block {block} is damaged on disk: {error}", int(block)
-                ) from None
-            except struct.error:
-                raise self._missing(ids, numbers, places, packs) from None
-            self._codec.decode(ids, frames, out, rows)
+            self._codec.decode(ids, self._frames(transaction, ids, locations), out, rows)
+
+    def _frames(
+        self, transaction: lmdb.Transaction, ids: Ids, locations: Locations
+    ) -> list[memoryview]:
+        """Find blocks' frames, unverified, readable as long as the transaction is.
+
+        CorruptBlockError where there is none.
+        """
+        numbers = (locations >> INDEX_BITS).tolist()
+        places = (4 * (locations & ((1 << INDEX_BITS) - 1))).tolist()
+        packs: dict[int, memoryview] = {}
+        frames: list[memoryview] = []
+        try:
+            for number, place in zip(numbers, places, strict=True):
+                pack = packs.get(number)
+                if pack is None:
+                    pack = packs[number] = memoryview(
+                        transaction.get(_key(number), b"", db=self._packs)
+                    )
+                first, last = bounds(pack, place)
+                frames.append(pack[first:last])
+        except lmdb.Error as error:
+            block = ids[len(frames)]
+            raise CorruptBlockError(
+                f"block {block} is damaged on disk: {error}", int(block)
+            ) from None
+        except struct.error:
+            raise self._missing(ids, numbers, places, packs) from None
+        return frames
 
     def delete(self, locations: Locations, *, missing_ok: bool = False) -> None:
         """Drop blocks; a location where none is raises KeyError, unless that is told to be right.
@@ -256,16 +265,15 @@ class DiskTier:
     def damaged(self, ids: Ids, locations: Locations) -> dict[int, str]:
         """Read and verify blocks; return those that are not what was written, and why.
 
-        ids, locations: int64 [n]. Takes memory for 64 of them at a time.
+        ids, locations: int64 [n]. Takes memory for 64 of them at most.
         """
         found: dict[int, str] = {}
-        sizes = [plane.nbytes for plane in self._codec.spec.planes]
-        scratch = [np.empty((64, size), np.uint8) for size in sizes]
         parts = [(ids[i : i + 64], locations[i : i + 64]) for i in range(0, len(ids), 64)]
         while parts:
             some, places = parts.pop()
             try:
-                self.read(some, places, [plane[: len(some)] for plane in scratch])
+                with self._snapshot(buffers=True) as transaction:
+                    self._codec.verify(some, self._frames(transaction, some, places))
             except CorruptBlockError as error:
                 if len(some) == 1:
                     found[int(some[0])] = str(error)

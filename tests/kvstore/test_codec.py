@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 
 import numpy as np
@@ -59,7 +60,14 @@ def normal_bfloat16(seed):
 
 def decoded(codec, ids, frames):
     out = arrays(codec, len(ids), lambda count, nbytes: np.full((count, nbytes), 0xA5, np.uint8))
-    codec.decode(np.asarray(ids, np.int64), frames, out)
+    ids = np.asarray(ids, np.int64)
+    try:
+        codec.decode(ids, frames, out)
+    except CorruptBlockError as error:
+        with pytest.raises(CorruptBlockError, match=f"^{re.escape(str(error))}$"):
+            codec.verify(ids, frames)
+        raise
+    codec.verify(ids, frames)
     return out
 
 

@@ -109,6 +109,7 @@ def test_frames_of_every_precision_in_one_batch(precision):
     rows = np.random.default_rng(0).permutation(50)[:40]
     out = [np.zeros((50, plane.nbytes), np.uint8) for plane in spec.planes]
     exact.decode(ids, frames, out, rows)
+    exact.verify(ids, frames)
     found = np.all([(o[rows] == r).all(axis=1) for o, r in zip(out, raw, strict=True)], axis=0)
     assert found.tolist() == same.tolist()
     want = restored(spec, int(precision[3:]), [plane[:5] for plane in planes])
@@ -119,6 +120,8 @@ def test_frames_of_every_precision_in_one_batch(precision):
         with pytest.raises(CorruptBlockError, match="block 3 is damaged") as caught:
             exact.decode(ids, [*frames[:3], damage(frames[3]), *frames[4:]], out, rows)
         assert caught.value.block == 3
+        with pytest.raises(CorruptBlockError, match="block 3 is damaged"):
+            exact.verify(ids, [*frames[:3], damage(frames[3]), *frames[4:]])
     with pytest.raises(CorruptBlockError, match="holds the frame of block 4"):
         exact.decode(ids[:5], [*frames[:3], frames[4], frames[4]], out, rows[:5])
     other = Codec(BlockSpec.kv(8, 8)).encode(ids[:1], [r[:1, :128] for r in raw])

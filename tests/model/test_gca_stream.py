@@ -75,6 +75,7 @@ def opened(
     index: IndexConfig | None = None,
     model: GroupedCrossTransformer = MODEL,
     directory: str | None = None,
+    device: str = "cpu",
 ) -> Iterator[GCAStream]:
     """A stream on a store that rounds nothing; in a directory, on what is kept there."""
     layout = GCAStream.layout(model.config)
@@ -83,7 +84,7 @@ def opened(
     config = StoreConfig(
         hot=hot * spec.nbytes,
         warm="1MiB",
-        device="cpu",
+        device=device,
         index=index or IndexConfig(kind="exact"),
         directory=directory,
     )
@@ -124,6 +125,16 @@ def test_whole_and_token_by_token_are_the_same(
             got = scored(stream, text, list(cuts))
         assert (got - wanted).abs().max() < 2e-4, (segment, cuts)
     assert wanted.std() > 0.1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", [CONFIG, WIDER], ids=["published", "other"])
+def test_on_a_gpu_it_is_the_same(config: GCAConfig) -> None:
+    text = text_of(13 * SIZE + 5)
+    wanted = at_once(text, config.segment, make(config))
+    with opened(model=make(config).cuda(), device="cuda") as stream:
+        got = scored(stream, text, [30, 31, 32, 60]).cpu()
+    assert (got - wanted).abs().max() < 2e-4
 
 
 def test_the_window_alone_finds_nothing() -> None:

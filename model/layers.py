@@ -111,6 +111,15 @@ class Frame:
         return Frame(self.cos[:, places], self.sin[:, places], self.hidden[:, places])
 
 
+def _runs(blocks: Tensor, length: int) -> Tensor:
+    """Return every run of blocks: [..., N, K, D] -> [..., N + 1 - length, length, K, D]."""
+    if not blocks.requires_grad:
+        return blocks.unfold(-3, length, 1).movedim(-1, -3)  # a view
+    # Of unfold's gradient torch 2.13 compiles wrong code for more than one thread.
+    n = blocks.shape[-3] - length + 1
+    return torch.stack([blocks[..., i : i + n, :, :] for i in range(length)], dim=-3)
+
+
 class LocalAttention(nn.Module):
     """Attention to the last window_blocks * block_size tokens; landmark tokens are not seen.
 
@@ -144,8 +153,7 @@ class LocalAttention(nn.Module):
         """
         w = self.window_blocks
         blocks = q.shape[-3]
-        near_k = k.unfold(-3, w + 1, 1).movedim(-1, -3)  # [..., N, w + 1, K, D]
-        near_v = v.unfold(-3, w + 1, 1).movedim(-1, -3)
+        near_k, near_v = _runs(k, w + 1), _runs(v, w + 1)  # [..., N, w + 1, K, D]
         q = rotate((q * q.shape[-1] ** -0.5)[..., None, :, :], (frame.cos, frame.sin))
         scores = q @ near_k.transpose(-1, -2)  # [..., N, w + 1, R, K]
         hidden = frame.hidden

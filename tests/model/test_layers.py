@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from decimal import Decimal, getcontext
 from fractions import Fraction
 
@@ -184,3 +185,28 @@ def test_norm_and_mlp() -> None:
     up = x @ mlp.up.weight.T
     gelu = 0.5 * up * (1 + torch.tanh(math.sqrt(2 / math.pi) * (up + 0.044715 * up**3)))
     assert gap(mlp(x), gelu @ mlp.down.weight.T) < 1e-12
+
+
+@pytest.mark.slow
+def test_compiled_by_two_threads_the_gradient_is_the_same() -> None:
+    """Of unfold's gradient torch 2.13 compiles stores outside its memory."""
+    threads = torch.get_num_threads()
+    torch.manual_seed(0)
+    attention = LocalAttention(128, 2, 2)
+    rotary = Rotary(64, 10_000.0)
+    x = torch.randn(8, 8, 33, 128)
+
+    def gradient(module: Callable[..., Tensor]) -> Tensor:
+        attention.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            module(x, rotary).float().square().sum().backward()
+        assert attention.qkv.weight.grad is not None
+        return attention.qkv.weight.grad.clone()
+
+    torch.set_num_threads(2)
+    try:
+        wanted = gradient(attention)
+        found = gradient(torch.compile(attention, dynamic=False))
+    finally:
+        torch.set_num_threads(threads)
+    assert (found - wanted).norm() < 0.05 * wanted.norm()

@@ -247,12 +247,12 @@ def main() -> int:
     )  # fmt: skip
     arguments = parser.parse_args()
     arguments.run = arguments.run or Path("runs") / arguments.family
-    torch.set_num_threads(arguments.threads)
     keep_memory()
     try:
         plan = planned(arguments)
     except ValueError as error:  # later ones would be bugs, and keep their traceback
         parser.error(str(error))
+    torch.set_num_threads(arguments.threads)
     train(plan)
     return 0
 

@@ -238,15 +238,26 @@ def test_wrong_settings_are_refused(
         train.planned(arguments)
 
 
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [
+        (("--device", "nowhere"), "argument --device: 'nowhere' cannot be"),
+        (("--threads", "0"), "--threads must be at least 1, not 0"),
+    ],
+)
 def test_wrong_usage_is_one_line(
-    texts: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    texts: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    option: tuple[str, str],
+    says: str,
 ) -> None:
-    line = ["train", "landmark", "--corpus", str(texts), "--device", "nowhere"]
-    monkeypatch.setattr(sys, "argv", line)
+    monkeypatch.setattr(train, "keep_memory", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["train", "landmark", "--corpus", str(texts), *option])
     with pytest.raises(SystemExit, match="2"):
         train.main()
     said = capsys.readouterr().err
-    assert said.startswith("python -m model.train: error: argument --device: 'nowhere' cannot be")
+    assert said.startswith(f"python -m model.train: error: {says}")
     assert said.count("\n") == 1
 
 

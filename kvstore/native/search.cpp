@@ -1,0 +1,7 @@
+#include "search.h"
+
+namespace kvstore {
+
+void bind_search(pybind11::module_&) {}
+
+}  // namespace kvstore

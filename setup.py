@@ -1,0 +1,30 @@
+"""What is compiled when kvstore is installed; all else is said in pyproject.toml."""
+
+from glob import glob
+
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
+from setuptools import setup
+
+# Reductions may be reordered, so that they become vector instructions; infinities and NaNs keep
+# their meaning.
+FLAGS = [
+    "-O3",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fno-signed-zeros",
+    "-fassociative-math",
+]
+
+ParallelCompile().install()
+setup(
+    ext_modules=[
+        Pybind11Extension(
+            f"{package}._native",
+            sorted(glob(f"{package}/native/*.cpp")),
+            depends=sorted(glob(f"{package}/native/*.h")),
+            cxx_std=17,
+            extra_compile_args=FLAGS,
+        )
+        for package in ("kvstore", "model")
+    ]
+)

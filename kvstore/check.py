@@ -82,6 +82,7 @@ def _check_tier(name: str, tier: Occupancy, table: NDArray[np.int32]) -> None:
     assert not (held & free).any(), f"{name}: a free slot holds a block"
     assert not (tier.pinned & free).any(), f"{name}: a free slot is pinned"
     assert np.array_equal(tier.pinned, tier.pins > 0), f"{name}: pins differ"
+    assert tier.pinned_count == tier.pinned.sum(), f"{name}: pins are miscounted"
     assert (tier.pins >= 0).all(), f"{name}: unpinned once too often"
     lost = ~(held | tier.pinned | free)
     assert not lost.any(), f"{name}: slots {np.flatnonzero(lost)} are neither free nor taken"

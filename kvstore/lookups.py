@@ -13,13 +13,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from kvstore import _native
 from kvstore.config import format_size
 from kvstore.errors import CorruptBlockError, HotTierTooSmallError
 from kvstore.guard import Guard
 from kvstore.mover import Mover
 from kvstore.prefetch import Prefetch
 from kvstore.recorder import Recorder
-from kvstore.residency import ABSENT, HOT, Ids
+from kvstore.residency import ABSENT, Ids
 from kvstore.stats import StoreStats
 from kvstore.tiers.slots import Slots
 
@@ -103,15 +104,9 @@ class Lookups:
     def hold(self, ids: Ids) -> tuple[Slots, Slots]:
         """Pin blocks in hot. ids: int64 [n]. Returns each id's slot [n] and the distinct slots."""
         mover = self._mover
-        try:
-            found = mover.residency.hot.take(ids)
-            present = not len(ids) or bool(found.min() >= 0 and ids.min() >= 0)
-        except IndexError:
-            present = False
-        if present:
-            slots = found.astype(np.int64)
-            held = self._distinct_slots(slots)
-            mover.hot.pin(held)
+        pinned = mover.hot.pin_present(ids, mover.residency.hot)
+        if pinned is not None:
+            slots, held = pinned
             mover.hot.policy.touch(held)
             self._stats.lookups += len(held)
             self._stats.hot.hits += len(held)
@@ -119,7 +114,7 @@ class Lookups:
                 self._recorder.note("fetch", mover.hot.block[held], np.zeros(len(held), np.uint8))
             mover.use_early(held)
         else:
-            held = self._hold_missing(mover.residency.distinct(ids))
+            held = self._hold_missing(ids)
             slots = mover.residency.hot[ids].astype(np.int64)
         mover.hot_slab.await_writes()
         return slots, held
@@ -132,10 +127,9 @@ class Lookups:
         return firsts
 
     def _hold_missing(self, ids: Ids) -> Slots:
-        """Pin distinct blocks of which some are not in hot. Returns their slots, in any order."""
+        """Pin blocks of which some are not in hot. Returns distinct slots, in any order."""
         mover, hot = self._mover, self._mover.hot
-        tiers = mover.residency.tiers(ids)
-        in_hot, in_warm, in_cold, absent = np.bincount(tiers, minlength=ABSENT + 1).tolist()
+        ids, tiers, (in_hot, in_warm, in_cold, absent) = mover.residency.find(ids)
         self._stats.lookups += len(tiers)
         self._stats.hot.hits += in_hot
         self._stats.warm.hits += in_warm
@@ -148,8 +142,7 @@ class Lookups:
         # Most often all are somewhere else, and then there is nothing to take apart.
         held, missing = _NONE, ids
         if in_hot:
-            above = tiers == HOT
-            held, missing = mover.residency.hot[ids[above]].astype(np.int64), ids[~above]
+            _, held, missing = _native.split(ids, mover.residency.hot)
             hot.pin(held)
         try:
             room = self.room(len(missing))
@@ -160,8 +153,7 @@ class Lookups:
                     hot.policy.touch(held)
                 arrived = _NONE
                 if self._prefetch is not None and self._prefetch.await_blocks(missing):
-                    places = mover.residency.hot[missing]
-                    arrived, missing = places[places >= 0].astype(np.int64), missing[places < 0]
+                    _, arrived, missing = _native.split(missing, mover.residency.hot)
                 for slots in chain((arrived,), mover.bring_up(missing)):
                     if len(slots):
                         hot.pin(slots)
@@ -207,8 +199,7 @@ class Lookups:
     def drop_pins(self) -> None:
         """End all pins, also those that an interrupt has left behind: nobody uses a slot again."""
         self.end_pins(wait=True)
-        self._mover.hot.pins[:] = 0
-        self._mover.hot.pinned[:] = False
+        self._mover.hot.drop_pins()
 
     def room(self, enough: int) -> int:
         """Hot slots that are not pinned; waits for a device's last reads if they are too few."""

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from kvstore import _native
 from kvstore.block import BlockSpec
 from kvstore.config import StoreConfig
 from kvstore.errors import KVStoreError
@@ -91,7 +92,7 @@ class Mover:
 
     def room(self) -> int:
         """Hot slots that are not pinned: so many blocks can be brought up or added."""
-        return self.hot.slots - int(np.count_nonzero(self.hot.pinned))
+        return self.hot.slots - self.hot.pinned_count
 
     # Up, into hot.
 
@@ -132,14 +133,9 @@ class Mover:
         Yields hot slots, part by part; the caller pins them before it goes on. CorruptBlockError
         where a block on disk is damaged; what came before it is in place.
         """
-        in_warm = self.residency.warm[ids] >= 0
-        if in_warm.all():
-            if len(ids):
-                yield self.promote(ids)
-            return
-        if in_warm.any():
-            yield self.promote(ids[in_warm])
-            ids = ids[~in_warm]
+        in_warm, sources, ids = _native.split(ids, self.residency.warm)
+        if len(in_warm):
+            yield self.promote(in_warm, sources)
         if len(ids) and self.hot_slab.rows is not None:
             yield self._read(ids, self.hot_slab.rows)
             return
@@ -178,9 +174,11 @@ class Mover:
         self._stats.cold.bytes_out += len(ids) * self._nbytes
         return slots
 
-    def promote(self, ids: Ids) -> Slots:
-        """Copy blocks from warm to hot, for which there is room. Returns their slots, any order."""
-        sources = self.residency.warm[ids].astype(np.int64)
+    def promote(self, ids: Ids, sources: Slots) -> Slots:
+        """Copy blocks from warm slots to hot, for which there is room.
+
+        Returns their slots, in any order.
+        """
         # Out of the order now, so that making room does not choose them.
         self.warm.policy.release(sources)
         free, stuck = self._make_hot_room(len(ids))
@@ -202,8 +200,7 @@ class Mover:
 
     def _arrive(self, ids: Ids, slots: Slots) -> None:
         """Let the tables say that blocks are in hot slots now, in this order."""
-        self.hot.block[slots] = ids
-        self.residency.hot[ids] = slots
+        _native.arrive(ids, slots, self.hot.block, self.residency.hot)
         self.hot.policy.admit(slots)
         self._stats.hot.bytes_in += len(ids) * self._nbytes
 
@@ -233,43 +230,39 @@ class Mover:
     def _evict(self, victims: Slots) -> NDArray[np.bool_] | None:
         """Empty hot slots. Returns which could not be, bool like victims; None where all were."""
         residency, hot, warm = self.residency, self.hot, self.warm
-        ids = hot.block[victims]
         self._waste_early(victims)
-        below = residency.warm[ids]
-        lacking = below < 0
+        below, sole, saved = _native.sort_victims(
+            victims, hot.block, residency.warm, residency.cold
+        )
+        self._settle_spare(below)
         stuck = None
+        wanted = len(victims) - len(below)
         lowered = 0
-        if lacking.any():
-            self._settle_spare(below[~lacking])
-            sole = lacking if self.disk is None else lacking & (residency.cold[ids] < 0)
-            lowered = self._lower(ids[sole], victims[sole])
-            if self.disk is not None:
-                # A copy on disk would do, but what was wanted in hot is soon wanted again: dropping
-                # it here left warm as it was after the last put, and cost 1.6 times (Zipf) to 5
-                # times (a drifting working set) the reads from disk.
-                saved = lacking & ~sole
-                lowered += self._lower(ids[saved], victims[saved])
-            places = residency.warm[ids[lacking]]
-            warm.policy.admit(places[places >= 0].astype(np.int64))
-            stuck = sole & (residency.warm[ids] < 0)
-            if stuck.any():
-                ids, victims = ids[~stuck], victims[~stuck]
-            else:
-                stuck = None
-        else:
-            self._settle_spare(below)
-        residency.hot[ids] = -1
-        hot.block[victims] = -1
+        if wanted:
+            lowered = self._lower(*sole)
+            # A copy on disk would do, but what was wanted in hot is soon wanted again: dropping it
+            # here left warm as it was after the last put, and cost 1.6 times (Zipf) to 5 times (a
+            # drifting working set) the reads from disk.
+            lowered += self._lower(*saved)
+            lowest = np.concatenate((sole[0], saved[0])) if len(sole[0]) else saved[0]
+            _, places, lacking = _native.split(lowest, residency.warm)
+            warm.policy.admit(places)
+            if len(lacking):
+                stuck = np.isin(victims, sole[1][residency.warm[sole[0]] < 0])
+                victims = victims[~stuck]
+                stuck = stuck if stuck.any() else None
+        ids = _native.leave(victims, hot.block, residency.hot)
         self._stats.hot.demotions += lowered
         self._stats.hot.evictions += len(ids) - lowered
         self._recorder.note("evict", ids, HOT)
         return stuck
 
-    def _settle_spare(self, places: NDArray[np.int32]) -> None:
+    def _settle_spare(self, places: Slots) -> None:
         """Make spare copies in these warm slots the blocks' only ones in memory."""
-        self.warm.spare[places] = False
-        # At once: while room is made for others, those with a copy on disk may have to go.
-        self.warm.policy.admit(places.astype(np.int64))
+        if len(places):
+            self.warm.spare[places] = False
+            # At once: while room is made for others, those with a copy on disk may have to go.
+            self.warm.policy.admit(places)
 
     def _lower(self, ids: Ids, slots: Slots) -> int:
         """Copy blocks from hot slots to warm, the first of them, as far as room can be made.
@@ -281,9 +274,8 @@ class Mover:
         room = self._make_warm_room(len(ids))
         ids, slots = ids[: len(room)], slots[: len(room)]
         copy_slots(self.hot_slab, slots, self.warm_slab, room, self._hops)
-        self.warm.block[room] = ids
         self.warm.sole[room] = self.residency.cold[ids] < 0
-        self.residency.warm[ids] = room
+        _native.arrive(ids, room, self.warm.block, self.residency.warm)
         nbytes = len(ids) * self._nbytes
         self._stats.hot.bytes_out += nbytes
         self._stats.warm.bytes_in += nbytes
@@ -299,12 +291,10 @@ class Mover:
             lacking = n - len(slots) - len(dropped)
             if lacking and self.disk is not None:
                 dropped = np.concatenate((dropped, warm.victims(lacking, warm.sole)))
-            ids = warm.block[dropped]
-            self.residency.warm[ids] = -1
-            warm.block[dropped] = -1
+            ids = _native.leave(dropped, warm.block, self.residency.warm)
             warm.spare[dropped] = False
             warm.sole[dropped] = False
-            slots = np.concatenate((slots, dropped))
+            slots = np.concatenate((slots, dropped)) if len(slots) else dropped
             self._stats.warm.evictions += len(ids)
             self._recorder.note("evict", ids, WARM)
         return slots

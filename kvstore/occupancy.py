@@ -8,11 +8,10 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from kvstore import _native
 from kvstore.policy import Policy, PolicyFactory, make_policy
 from kvstore.residency import Ids
 from kvstore.tiers.slots import Slots
-
-_REACH = 4096
 
 
 class Occupancy:
@@ -36,6 +35,9 @@ class Occupancy:
         self.spare = np.zeros(slots, bool)
         self.sole = np.zeros(slots, bool)
         self.early = np.zeros(slots, bool)
+        # In an array, so that one call changes it and the masks.
+        self._pinned_count = np.zeros(1, np.int64)
+        self._place = np.zeros(slots, np.int64)
         self.policy: Policy = make_policy(policy, slots)
         self._make_policy = policy
         # The lowest slots lie on top of the stack.
@@ -47,6 +49,11 @@ class Occupancy:
     def used(self) -> int:
         """Slots that are not free."""
         return self.slots - self.free_count
+
+    @property
+    def pinned_count(self) -> int:
+        """Slots that are pinned."""
+        return int(self._pinned_count[0])
 
     @property
     def free(self) -> Slots:
@@ -71,13 +78,27 @@ class Occupancy:
 
     def pin(self, slots: Slots) -> None:
         """Hold distinct slots in place."""
-        self.pins[slots] += 1
-        self.pinned[slots] = True
+        _native.pin(slots, self.pins, self.pinned, self._pinned_count)
 
     def unpin(self, slots: Slots) -> None:
         """Let go of distinct slots, once."""
-        self.pins[slots] -= 1
-        self.pinned[slots] = self.pins[slots] > 0
+        _native.unpin(slots, self.pins, self.pinned, self._pinned_count)
+
+    def pin_present(self, ids: Ids, table: NDArray[np.int32]) -> tuple[Slots, Slots] | None:
+        """Hold blocks [n] in place that all have a slot in the table of this tier.
+
+        Returns each id's slot [n] and the distinct slots; None, with nothing held, where one has
+        none.
+        """
+        return _native.pin_present(
+            ids, table, self.pins, self.pinned, self._pinned_count, self._place
+        )
+
+    def drop_pins(self) -> None:
+        """Let go of all slots, however often they are held."""
+        self.pins[:] = 0
+        self.pinned[:] = False
+        self._pinned_count[0] = 0
 
     def victims(self, count: int, kept: NDArray[np.bool_]) -> Slots:
         """At most `count` victims, in order, no longer in the policy's order.
@@ -93,18 +114,8 @@ class Occupancy:
 
     def next_spare(self, n: int) -> Slots:
         """At most n spare slots that are not pinned. Whoever was passed longest ago comes first."""
-        found: list[Slots] = []
-        start, left = self._hand, self.slots
-        while n > 0 and left > 0:
-            # A few blocks of a million need not look at a million slots.
-            stop = min(start + max(_REACH, 8 * n), start + left, self.slots)
-            part = start + np.flatnonzero(self.spare[start:stop] & ~self.pinned[start:stop])[:n]
-            found.append(part)
-            n -= len(part)
-            left -= stop - start
-            start = int(part[-1]) + 1 if n == 0 else stop % self.slots
-        self._hand = start % max(1, self.slots)
-        return np.concatenate(found) if found else np.empty(0, np.int64)
+        found, self._hand = _native.next_spare(self.spare, self.pinned, self._hand, n)
+        return found
 
     def rebuild(self, ids: Ids, slots: Slots) -> None:
         """Start over with these blocks in these slots; the order of eviction is lost.
@@ -114,6 +125,7 @@ class Occupancy:
         self.block[:] = -1
         self.block[slots] = ids
         self.pinned[:] = self.pins > 0
+        self._pinned_count[0] = np.count_nonzero(self.pinned)
         self.spare[:] = False
         self.sole[:] = False
         self.early &= self.block >= 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from kvstore import _native
 from kvstore.trace import Tier
 
 Ids = NDArray[np.int64]
@@ -81,35 +82,24 @@ class Residency:
         """The ids that were given out and name no block now."""
         return np.concatenate([np.empty(0, np.int64), *self._recycled])
 
-    def distinct(self, ids: Ids) -> Ids:
-        """ids [n] without repeats, in order of first appearance."""
-        if len(ids) and (ids.min() < 0 or ids.max() >= len(self.hot)):
-            _, first = np.unique(ids, return_index=True)
-            return ids[np.sort(first)]
-        # Written back to front, so that an id's first place is what remains. Sorting, as np.unique
-        # does, takes four times as long.
-        places = np.arange(len(ids), dtype=np.int32)
-        self._place[ids[::-1]] = places[::-1]
-        firsts: Ids = ids[self._place[ids] == places]
-        return firsts
+    def find(self, ids: Ids) -> tuple[Ids, NDArray[np.uint8], tuple[int, int, int, int]]:
+        """Look up ids [n], whether or not they name blocks.
+
+        Returns them without repeats, in order of first appearance; the highest Tier in which each
+        block lies, ABSENT where none has it; and how many lie in each Tier.
+        """
+        return _native.find_tiers(ids, self.hot, self.warm, self.cold, self._place)
 
     def present(self) -> Ids:
         """The ids of all blocks, ascending."""
         return np.flatnonzero((self.hot >= 0) | (self.warm >= 0) | (self.cold >= 0))
 
     def tiers(self, ids: Ids) -> NDArray[np.uint8]:
-        """The highest Tier in which each of these blocks lies, ABSENT where none has it."""
-        if len(ids) and (ids.min() < 0 or ids.max() >= len(self.hot)):
-            valid = (ids >= 0) & (ids < len(self.hot))
-            tiers = np.full(len(ids), ABSENT, np.uint8)
-            tiers[valid] = self.tiers(ids[valid])
-            return tiers
-        # From hot, 0, down to absent, 3: one for each tier that does not have it, and no higher.
-        lower = (self.hot[ids] < 0).view(np.uint8)
-        lowest = lower & (self.warm[ids] < 0)
-        tiers = lower + lowest
-        tiers += lowest & (self.cold[ids] < 0)
-        return tiers
+        """The highest Tier in which each of these distinct blocks lies, ABSENT where none has it.
+
+        ids: int64 [n].
+        """
+        return self.find(ids)[1]
 
     def _grow(self, least: int) -> None:
         size = len(self.hot)

@@ -243,17 +243,19 @@ class Store:
         names no block.
         """
         self._enter()
-        ids = self._mover.residency.distinct(_as_ids(ids).ravel())
-        tiers = self._mover.residency.tiers(ids)
-        self._lookups.require_present(ids, tiers)
+        ids, tiers, (_, in_warm, in_cold, absent) = self._mover.residency.find(_as_ids(ids).ravel())
+        if absent:
+            self._lookups.require_present(ids, tiers)
         with self._guard:
             room = self._mover.room() // 2
-            warm = ids[tiers == WARM][:room]
-            if len(warm):
-                self._mover.mark_early(self._mover.promote(warm))
-                self.stats.prefetch.issued += len(warm)
-            if self._prefetch is not None:
-                self._prefetch.begin(ids[tiers == COLD][: room - len(warm)])
+            raised = min(room, in_warm)
+            if raised:
+                warm = ids[tiers == WARM][:raised]
+                sources = self._mover.residency.warm[warm].astype(np.int64)
+                self._mover.mark_early(self._mover.promote(warm, sources))
+                self.stats.prefetch.issued += raised
+            if self._prefetch is not None and in_cold:
+                self._prefetch.begin(ids[tiers == COLD][: room - raised])
         self._recorder.note("prefetch", ids)
 
     def delete(self, ids: Ids) -> None:

@@ -5,6 +5,7 @@
 #include "policies.h"
 #include "rows.h"
 #include "search.h"
+#include "tables.h"
 
 namespace kvstore {
 namespace {
@@ -37,6 +38,7 @@ void copy(Bytes from, std::optional<Int64s> from_rows,
 PYBIND11_MODULE(_native, module) {
     bind_policies(module);
     bind_search(module);
+    bind_tables(module);
     module.def("copy_rows", &copy, given("source"), given("source_rows"), given("target"),
                given("target_rows"));
 }

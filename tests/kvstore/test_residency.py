@@ -10,9 +10,11 @@ ids = st.lists(st.integers(-5, 3000), max_size=40)
 
 
 @given(ids)
-def test_distinct_keeps_the_order_of_first_appearance(asked):
-    found = Residency().distinct(np.array(asked, np.int64))
+def test_what_is_found_keeps_the_order_of_first_appearance(asked):
+    found, tiers, counts = Residency().find(np.array(asked, np.int64))
     assert found.tolist() == list(dict.fromkeys(asked))
+    assert len(tiers) == len(found)
+    assert counts == (0, 0, 0, len(found))
 
 
 @given(ids, ids, ids, ids)
@@ -27,7 +29,9 @@ def test_tiers_are_the_highest_that_has_the_block(asked, hot, warm, cold):
         for block in members:
             if 0 <= block < 2000:
                 table[block] = 7
-    for block, tier in zip(asked, residency.tiers(np.array(asked, np.int64)), strict=True):
+    found, tiers, counts = residency.find(np.array(asked, np.int64))
+    assert counts == tuple(np.bincount(tiers, minlength=4))
+    for block, tier in zip(found.tolist(), tiers, strict=True):
         inside = 0 <= block < 2000
         expected = ABSENT
         for members, value in ((cold, COLD), (warm, WARM), (hot, HOT)):

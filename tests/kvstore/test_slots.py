@@ -6,7 +6,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import kvstore.tiers.slots
 from kvstore.block import BlockSpec, Plane
 from kvstore.tiers.slots import Buffer, SlotTier, copy_slots, rows_of
 
@@ -69,57 +68,35 @@ def test_place_and_gather(slots, data):
     assert [row.tobytes() for row in buffer.rows(n)] == [bits(plane) for plane in new]
 
 
-@given(
-    st.tuples(st.integers(1, 12), st.integers(1, 12)),
-    st.integers(1, 5),
-    st.sampled_from([0, 24, 10**6]),
-    st.data(),
-)
-def test_copy_slots_is_the_obvious_loop(slots, piece, row_bytes, data):
-    """Whether planes are copied block by block or piece by piece."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kvstore.tiers.slots, "_BOUNCE_BYTES", piece * 128)
-        patch.setattr(kvstore.tiers.slots, "_ROW_BYTES", row_bytes)
-        source, target = SlotTier(SPEC, slots[0]), SlotTier(SPEC, slots[1])
-        source.place(np.arange(slots[0]), random_planes(slots[0], 1))
-        target.place(np.arange(slots[1]), random_planes(slots[1], 2))
-        n = data.draw(st.integers(0, min(slots)))
-        from_slots = np.array(data.draw(st.permutations(range(slots[0])))[:n], np.int64)
-        to_slots = np.array(data.draw(st.permutations(range(slots[1])))[:n], np.int64)
-        expected = [plane.clone() for plane in target.planes]
-        for a, b in zip(from_slots.tolist(), to_slots.tolist(), strict=True):
-            for plane, slab in zip(expected, source.planes, strict=True):
-                plane[b] = slab[a]
-        copy_slots(source, from_slots, target, to_slots, [])
-        for slab, plane in zip(target.planes, expected, strict=True):
-            assert bits(slab) == bits(plane)
-
-
-@given(
-    st.lists(st.tuples(st.integers(1, 3), st.integers(1, 12)), min_size=1, max_size=8),
-    st.integers(1, 6),
-)
-def test_slots_in_a_row_and_others(gaps_and_runs, least):
-    """Targets in runs of many lengths, of which some are worth a call of their own."""
-    targets, at = [], 0
-    for gap, run in gaps_and_runs:
-        at += gap
-        targets += range(at, at + run)
-        at += run
-    to_slots = np.array(targets)
-    from_slots = np.random.default_rng(0).permutation(len(targets) + 5)[: len(targets)]
-    source, target = SlotTier(SPEC, len(targets) + 5), SlotTier(SPEC, at + 2)
-    source.place(np.arange(source.slots), random_planes(source.slots, 1))
-    target.place(np.arange(target.slots), random_planes(target.slots, 2))
+@given(st.tuples(st.integers(1, 12), st.integers(1, 12)), st.data())
+def test_copy_slots_is_the_obvious_loop(slots, data):
+    source, target = SlotTier(SPEC, slots[0]), SlotTier(SPEC, slots[1])
+    source.place(np.arange(slots[0]), random_planes(slots[0], 1))
+    target.place(np.arange(slots[1]), random_planes(slots[1], 2))
+    n = data.draw(st.integers(0, min(slots)))
+    from_slots = np.array(data.draw(st.permutations(range(slots[0])))[:n], np.int64)
+    to_slots = np.array(data.draw(st.permutations(range(slots[1])))[:n], np.int64)
     expected = [plane.clone() for plane in target.planes]
-    for plane, slab in zip(expected, source.planes, strict=True):
-        plane[torch.from_numpy(to_slots)] = slab[torch.from_numpy(from_slots)]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kvstore.tiers.slots, "_RUN_BLOCKS", least)
-        patch.setattr(kvstore.tiers.slots, "_RUN_BYTES", 0)
-        copy_slots(source, from_slots, target, to_slots, [])
+    for a, b in zip(from_slots.tolist(), to_slots.tolist(), strict=True):
+        for plane, slab in zip(expected, source.planes, strict=True):
+            plane[b] = slab[a]
+    copy_slots(source, from_slots, target, to_slots, [])
     for slab, plane in zip(target.planes, expected, strict=True):
         assert bits(slab) == bits(plane)
+
+
+def test_a_slot_beyond_the_tier_is_refused():
+    tier = SlotTier(SPEC, 3)
+    tier.place(np.arange(3), random_planes(3, 1))
+    before = [bits(slab) for slab in tier.planes]
+    for wrong in (-1, 3, 2**40):
+        with pytest.raises(IndexError, match=f"there is no place {wrong} of 3"):
+            tier.place(np.array([0, wrong]), random_planes(2, 2))
+        with pytest.raises(IndexError):
+            tier.gather(np.array([0, wrong]), Buffer(SPEC, 2).rows(2))
+    with pytest.raises(ValueError, match="another number or size"):
+        tier.place(np.array([0]), random_planes(2, 2))
+    assert [bits(slab) for slab in tier.planes] == before
 
 
 def test_a_tier_may_have_no_slots():

@@ -413,8 +413,7 @@ def interrupt_everywhere(prepare, act, step=1):
                 act(store)
             sys.settrace(None)
             # A pin that was cut short may stay; it would be no wonder if all of hot was pinned.
-            store._mover.hot.pins[:] = 0
-            store._mover.hot.pinned[:] = False
+            store._mover.hot.drop_pins()
             # And counters may have been added to by halves.
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(StoreStats, "check", lambda _: None)

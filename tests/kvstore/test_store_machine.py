@@ -28,7 +28,6 @@ from pretend_cuda import pretend_cuda
 
 import kvstore.mover
 import kvstore.residency
-import kvstore.tiers.slots
 from kvstore.block import BlockSpec, Plane
 from kvstore.config import StoreConfig
 from kvstore.errors import HotTierTooSmallError, StoreFullError, WriteFailedError
@@ -459,10 +458,6 @@ def small_numbers(monkeypatch):
     monkeypatch.setattr(kvstore.residency, "_FIRST_IDS", 16)
     monkeypatch.setattr(kvstore.mover, "_HOP_BYTES", 3 * NBYTES)
     monkeypatch.setattr(kvstore.mover, "_CUDA_HOP_BYTES", 3 * NBYTES)
-    monkeypatch.setattr(kvstore.tiers.slots, "_BOUNCE_BYTES", 3 * NBYTES)
-    monkeypatch.setattr(kvstore.tiers.slots, "_ROW_BYTES", SPEC.planes[1].nbytes)
-    monkeypatch.setattr(kvstore.tiers.slots, "_RUN_BLOCKS", 2)
-    monkeypatch.setattr(kvstore.tiers.slots, "_RUN_BYTES", 0)
 
 
 def test_the_store_is_a_dict():

@@ -1,0 +1,211 @@
+// Many small reads and writes of tables at once. A batch is tens of blocks and a table is rarely in
+// the cache, so what counts is how often it is gone through, and that one call does it.
+#include "tables.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "array.h"
+
+namespace kvstore {
+namespace {
+
+enum Tier : std::uint8_t { HOT, WARM, COLD, ABSENT };
+
+void check_length(const py::array& array, py::ssize_t length) {
+    if (array.ndim() != 1 || array.size() != length) {
+        throw py::value_error("arrays that belong together differ in length");
+    }
+}
+
+bool within(std::int64_t id, py::ssize_t end) {
+    return static_cast<std::uint64_t>(id) < static_cast<std::uint64_t>(end);
+}
+
+std::int64_t pin_one(std::int64_t slot, std::int32_t* pins, bool* pinned) {
+    pinned[slot] = true;
+    return pins[slot]++ == 0;
+}
+
+void pin(const Int64s& slots, Int32s& pins, Bools& pinned, Int64s& count) {
+    check_length(pinned, pins.size());
+    check(slots, pins.size());
+    std::int32_t* held = pins.mutable_data();
+    bool* mask = pinned.mutable_data();
+    for (py::ssize_t i = 0; i < slots.size(); i++) {
+        *count.mutable_data() += pin_one(slots.data()[i], held, mask);
+    }
+}
+
+void unpin(const Int64s& slots, Int32s& pins, Bools& pinned, Int64s& count) {
+    check_length(pinned, pins.size());
+    check(slots, pins.size());
+    std::int32_t* held = pins.mutable_data();
+    for (py::ssize_t i = 0; i < slots.size(); i++) {
+        const std::int64_t slot = slots.data()[i];
+        if (--held[slot] == 0) {
+            pinned.mutable_data()[slot] = false;
+            --*count.mutable_data();
+        }
+    }
+}
+
+// Each id's slot and the distinct slots, in order of first appearance, pinned; None, and nothing
+// is pinned, unless all are there. place: [slots], whatever it holds.
+py::object pin_present(const Int64s& ids, const Int32s& table, Int32s& pins, Bools& pinned,
+                       Int64s& count, Int64s& place) {
+    check_length(pinned, pins.size());
+    check_length(place, pins.size());
+    Int64s slots(ids.size());
+    std::int64_t* found = slots.mutable_data();
+    for (py::ssize_t i = 0; i < ids.size(); i++) {
+        const std::int64_t id = ids.data()[i];
+        if (!within(id, table.size()) || table.data()[id] < 0) return py::none();
+        found[i] = table.data()[id];
+    }
+    check(slots, pins.size());
+    std::int64_t* last = place.mutable_data();
+    for (py::ssize_t i = ids.size(); i-- > 0;) last[found[i]] = i;
+    std::vector<std::int64_t> distinct;
+    distinct.reserve(ids.size());
+    for (py::ssize_t i = 0; i < ids.size(); i++) {
+        if (last[found[i]] != i) continue;
+        distinct.push_back(found[i]);
+        *count.mutable_data() += pin_one(found[i], pins.mutable_data(), pinned.mutable_data());
+    }
+    return py::make_tuple(slots, made_of(distinct));
+}
+
+// The distinct ids in order of first appearance, the highest tier of each, and how many lie in
+// each tier. place: [ids], whatever it holds.
+py::tuple find_tiers(const Int64s& ids, const Int32s& hot, const Int32s& warm, const Int64s& cold,
+                     Int32s& place) {
+    for (const py::array& table : {py::array(warm), py::array(cold), py::array(place)}) {
+        check_length(table, hot.size());
+    }
+    std::vector<std::int64_t> distinct;
+    std::vector<std::uint8_t> tiers;
+    py::ssize_t counts[4] = {0, 0, 0, 0};
+    std::int32_t* last = place.mutable_data();
+    for (py::ssize_t i = ids.size(); i-- > 0;) {
+        const std::int64_t id = ids.data()[i];
+        if (within(id, hot.size())) last[id] = static_cast<std::int32_t>(i);
+    }
+    for (py::ssize_t i = 0; i < ids.size(); i++) {
+        const std::int64_t id = ids.data()[i];
+        std::uint8_t tier = ABSENT;
+        if (within(id, hot.size())) {
+            if (last[id] != i) continue;
+            tier = hot.data()[id] >= 0    ? HOT
+                   : warm.data()[id] >= 0 ? WARM
+                   : cold.data()[id] >= 0 ? COLD
+                                          : ABSENT;
+        } else if (std::find(distinct.begin(), distinct.end(), id) != distinct.end()) {
+            continue;
+        }
+        distinct.push_back(id);
+        tiers.push_back(tier);
+        counts[tier]++;
+    }
+    return py::make_tuple(made_of(distinct), made_of(tiers),
+                          py::make_tuple(counts[HOT], counts[WARM], counts[COLD], counts[ABSENT]));
+}
+
+// The ids that have a place in the table, their places, and the other ids.
+py::tuple split(const Int64s& ids, const Int32s& table) {
+    check(ids, table.size());
+    std::vector<std::int64_t> having, places, lacking;
+    for (py::ssize_t i = 0; i < ids.size(); i++) {
+        const std::int64_t id = ids.data()[i], place = table.data()[id];
+        if (place < 0) {
+            lacking.push_back(id);
+        } else {
+            having.push_back(id);
+            places.push_back(place);
+        }
+    }
+    return py::make_tuple(made_of(having), made_of(places), made_of(lacking));
+}
+
+// Blocks are in slots now.
+void arrive(const Int64s& ids, const Int64s& slots, Int64s& block, Int32s& table) {
+    check_length(slots, ids.size());
+    check(ids, table.size());
+    check(slots, block.size());
+    for (py::ssize_t i = 0; i < ids.size(); i++) {
+        block.mutable_data()[slots.data()[i]] = ids.data()[i];
+        table.mutable_data()[ids.data()[i]] = static_cast<std::int32_t>(slots.data()[i]);
+    }
+}
+
+// Slots hold no block any more; returns the ids of those that they held.
+Int64s leave(const Int64s& slots, Int64s& block, Int32s& table) {
+    check(slots, block.size());
+    Int64s ids(slots.size());
+    for (py::ssize_t i = 0; i < slots.size(); i++) {
+        ids.mutable_data()[i] = block.data()[slots.data()[i]];
+    }
+    check(ids, table.size());
+    for (py::ssize_t i = 0; i < slots.size(); i++) {
+        table.mutable_data()[ids.data()[i]] = -1;
+        block.mutable_data()[slots.data()[i]] = -1;
+    }
+    return ids;
+}
+
+// Hot slots by what is left of their blocks without them: warm slots that have copies; and ids and
+// slots, first of blocks that lie nowhere else, then of those on disk only.
+py::tuple sort_victims(const Int64s& slots, const Int64s& block, const Int32s& warm,
+                       const Int64s& cold) {
+    check_length(cold, warm.size());
+    check(slots, block.size());
+    std::vector<std::int64_t> copies, sole_ids, sole, saved_ids, saved;
+    for (py::ssize_t i = 0; i < slots.size(); i++) {
+        const std::int64_t slot = slots.data()[i], id = block.data()[slot];
+        check(&id, 1, warm.size());
+        if (warm.data()[id] >= 0) {
+            copies.push_back(warm.data()[id]);
+        } else if (cold.data()[id] < 0) {
+            sole_ids.push_back(id);
+            sole.push_back(slot);
+        } else {
+            saved_ids.push_back(id);
+            saved.push_back(slot);
+        }
+    }
+    return py::make_tuple(made_of(copies), py::make_tuple(made_of(sole_ids), made_of(sole)),
+                          py::make_tuple(made_of(saved_ids), made_of(saved)));
+}
+
+// At most n slots that are spare and not pinned, from `start` on and round, and where to go on.
+py::tuple next_spare(const Bools& spare, const Bools& pinned, std::int64_t start, std::int64_t n) {
+    check_length(pinned, spare.size());
+    std::vector<std::int64_t> found;
+    const std::int64_t slots = spare.size();
+    std::int64_t slot = slots ? start % slots : 0;
+    for (std::int64_t left = slots; left && static_cast<std::int64_t>(found.size()) < n; left--) {
+        if (spare.data()[slot] && !pinned.data()[slot]) found.push_back(slot);
+        if (++slot == slots) slot = 0;
+    }
+    return py::make_tuple(made_of(found), slot);
+}
+
+}  // namespace
+
+void bind_tables(py::module_& module) {
+    module.def("pin", &pin, given("slots"), given("pins"), given("pinned"), given("count"));
+    module.def("unpin", &unpin, given("slots"), given("pins"), given("pinned"), given("count"));
+    module.def("pin_present", &pin_present, given("ids"), given("table"), given("pins"),
+               given("pinned"), given("count"), given("place"));
+    module.def("find_tiers", &find_tiers, given("ids"), given("hot"), given("warm"), given("cold"),
+               given("place"));
+    module.def("split", &split, given("ids"), given("table"));
+    module.def("arrive", &arrive, given("ids"), given("slots"), given("block"), given("table"));
+    module.def("leave", &leave, given("slots"), given("block"), given("table"));
+    module.def("sort_victims", &sort_victims, given("slots"), given("block"), given("warm"),
+               given("cold"));
+    module.def("next_spare", &next_spare, given("spare"), given("pinned"), py::arg("start"),
+               py::arg("n"));
+}
+
+}  // namespace kvstore

@@ -2,6 +2,7 @@
 #include <optional>
 
 #include "array.h"
+#include "planes.h"
 #include "policies.h"
 #include "rows.h"
 #include "search.h"
@@ -36,6 +37,7 @@ void copy(Bytes from, std::optional<Int64s> from_rows,
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
+    bind_planes(module);
     bind_policies(module);
     bind_search(module);
     bind_tables(module);

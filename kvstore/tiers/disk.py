@@ -25,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from kvstore import _native
 from kvstore.block import BlockSpec
 from kvstore.codec import Bytes2D, Ids
 from kvstore.errors import (
@@ -40,7 +41,6 @@ from kvstore.tiers import lock
 from kvstore.tiers.pack import (
     INDEX_BITS,
     Locations,
-    bounds,
     by_pack,
     cut_packs,
     frame_at,
@@ -191,25 +191,24 @@ class DiskTier:
         CorruptBlockError where there is none.
         """
         numbers = (locations >> INDEX_BITS).tolist()
-        places = (4 * (locations & ((1 << INDEX_BITS) - 1))).tolist()
-        packs: dict[int, memoryview] = {}
-        frames: list[memoryview] = []
+        places = locations & ((1 << INDEX_BITS) - 1)
+        known: dict[int, int] = {}
+        packs: list[memoryview] = []
+        which: list[int] = []
         try:
-            for number, place in zip(numbers, places, strict=True):
-                pack = packs.get(number)
-                if pack is None:
-                    pack = packs[number] = memoryview(
-                        transaction.get(_key(number), b"", db=self._packs)
-                    )
-                first, last = bounds(pack, place)
-                frames.append(pack[first:last])
+            for number in numbers:
+                place = known.setdefault(number, len(packs))
+                if place == len(packs):
+                    packs.append(transaction.get(_key(number), b"", db=self._packs))
+                which.append(place)
         except lmdb.Error as error:
-            block = ids[len(frames)]
+            block = ids[len(which)]
             raise CorruptBlockError(
                 f"block {block} is damaged on disk: {error}", int(block)
             ) from None
-        except struct.error:
-            raise self._missing(ids, numbers, places, packs) from None
+        frames = _native.cut_frames(packs, which, places)
+        if frames is None:
+            raise self._missing(ids, numbers, places, [len(packs[place]) for place in which])
         return frames
 
     def delete(self, locations: Locations, *, missing_ok: bool = False) -> None:
@@ -854,15 +853,11 @@ class DiskTier:
         return np.frombuffer(payload, "<i8").astype(np.int64)
 
     def _missing(
-        self,
-        ids: Ids,
-        numbers: list[int],
-        places: list[int],
-        packs: dict[int, memoryview],
+        self, ids: Ids, numbers: list[int], places: Locations, sizes: list[int]
     ) -> CorruptBlockError:
-        """Find the first block whose place is not there."""
-        for block, number, place in zip(ids.tolist(), numbers, places, strict=True):
-            if len(packs[number]) < place + 8:
+        """Find the first block whose place is not there. sizes: of the blocks' packs."""
+        for block, number, place, size in zip(ids.tolist(), numbers, places, sizes, strict=True):
+            if size < 4 * place + 8:
                 return CorruptBlockError(
                     f"block {block} is not on disk where it was written, in pack {number}", block
                 )

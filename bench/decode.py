@@ -70,10 +70,10 @@ def kernel(device: str, block_size: int, head_dim: int, n: int) -> dict[str, Any
         layout = (1, heads, blocks * block_size, head_dim)
         near_k, near_v = (p.index_select(0, slots).view(layout) for p in (keys, values))
 
-        def through_store(gate: Tensor | None = None, weighed: bool = False) -> Tensor:
+        def through_store(gate: Tensor | None = None) -> Tensor:
             with store.pinned(chosen) as pin:
                 at = torch.from_numpy(pin.slots).to(device)
-                return block_attention(q, keys, values, at, gate, None, weighed)[0]
+                return block_attention(q, keys, values, at, gate, None)[0]
 
         def gather_sdpa() -> Tensor:
             k, v = (p.index_select(0, slots).view(layout) for p in (keys, values))
@@ -91,8 +91,7 @@ def kernel(device: str, block_size: int, head_dim: int, n: int) -> dict[str, Any
             assert torch.allclose(through_store().flatten().float(), exact, atol=0.02)
             ours, gathered = pair(through_store, gather_sdpa, n)
             again, dense = pair(through_store, contiguous_sdpa, n)
-            weighed, gated = pair(lambda: through_store(None, True), lambda: through_store(gate), n)
-            books, _ = pair(bookkeeping, lambda: None, n)
+            gated, books = pair(lambda: through_store(gate), bookkeeping, n)
     size = heads * blocks * spec.nbytes
     return {
         "block_bytes": spec.nbytes,
@@ -103,7 +102,6 @@ def kernel(device: str, block_size: int, head_dim: int, n: int) -> dict[str, Any
         "contiguous_sdpa_us": dense * 1e6,
         "ratio_to_gather_sdpa": ours / gathered,
         "ratio_to_contiguous_sdpa": again / dense,
-        "weighed_us": weighed * 1e6,
         "gated_us": gated * 1e6,
         "bookkeeping_us": books * 1e6,
         "n": n,
@@ -255,7 +253,6 @@ def main() -> None:
             f" ({row['store_gb_s']:.1f} GB/s), gather + SDPA {row['gather_sdpa_us']:.0f} us"
             f" ({row['gather_sdpa_gb_s']:.1f} GB/s), ratio {row['ratio_to_gather_sdpa']:.2f};"
             f" to contiguous SDPA {row['ratio_to_contiguous_sdpa']:.2f};"
-            f" with the blocks' weights {row['weighed_us']:.0f} us,"
             f" with gates of its own {row['gated_us']:.0f} us;"
             f" bookkeeping {row['bookkeeping_us']:.0f} us",
             flush=True,

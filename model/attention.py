@@ -9,9 +9,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-FEW = 4
-"""Rows a block up to which the one-pass CPU kernel is the faster one (bench/decode.py)."""
+from model import _native
+from model.layers import rotate
 
+FEW = 8
+"""Rows a block up to which the compiled kernel is the faster one (bench/decode.py)."""
+
+_ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""What the compiled kernel reads from a slab, and how it is told."""
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
@@ -24,8 +29,7 @@ def block_attention(
     gate: Tensor | None,  # [S, G, M, R] log weight of each block; None: its log-sum-exp
     local: tuple[Tensor, Tensor]
     | None,  # output [S, G, R, Dv], log-sum-exp [S, G, R] of the window
-    weighed: bool = True,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Attend R queries of each of S streams and G groups over M blocks and the local window.
 
     Inside block b: O_b = softmax(q k) v and L_b = log sum exp(q k). Blocks and window are merged
@@ -34,28 +38,23 @@ def block_attention(
     each group needs a block.
 
     Returns the output [S, G, R, Dv], its log-sum-exp [S, G, R] and the blocks' weights
-    [S, G, M, R], which with the window's weight sum to one; unless they are wanted (weighed), None:
-    where the gate is None and one placed query serves all blocks, doing without them is faster.
+    [S, G, M, R], which with the window's weight sum to one; all have the queries' dtype.
+    IndexError for a slot that is not in the slab.
     """
-    streams, groups, blocks = shape = slots.shape
+    if _compiled(q, keys, values, slots, gate, *(local or ())):
+        return _attend_in_place(q, None, keys, values, slots, gate, None, local)
+    shape = slots.shape
     some_absent = slots.numel() > 0 and int(slots.min()) < 0
     flat = (slots.clamp(min=0) if some_absent else slots).reshape(-1)
-    k = keys.index_select(0, flat)  # [S * G * M, B, D]
-    v = values.index_select(0, flat)
+    k = keys.index_select(0, flat).to(q.dtype)  # [S * G * M, B, D]
+    v = values.index_select(0, flat).to(q.dtype)
     rows, dim = q.shape[-2:]
-    few = rows <= FEW and k.device.type == "cpu" and k.shape == v.shape and blocks > 0
-    if few and gate is None and q.shape[2] == 1 and not (weighed or some_absent):
-        # All blocks of a group as one: the softmax over them is the merge.
-        together = (streams * groups, blocks * keys.shape[1], dim)
-        queries = q.reshape(-1, rows, dim)
-        out, lse = _attend_few(queries, k.view(together), v.view(together))
-        whole = out.view(streams, groups, rows, dim), lse.view(streams, groups, rows)
-        return (*(whole if local is None else _merge(whole, local)), None)
-    queries = q.expand(*shape, rows, dim).reshape(len(flat), rows, dim)
-    inner, inner_lse = (_attend_few if few else _attend)(queries, k, v)
-    inner = inner.view(*shape, rows, v.shape[-1])
+    scores = torch.bmm(
+        q.expand(*shape, rows, dim).reshape(len(flat), rows, dim), k.transpose(1, 2)
+    )  # [S * G * M, R, B]
+    inner = torch.bmm(scores.softmax(dim=-1), v).view(*shape, rows, v.shape[-1])
     if gate is None:
-        gate = inner_lse.view(*shape, rows)
+        gate = scores.logsumexp(dim=-1).view(*shape, rows)
     if some_absent:
         absent = slots < 0
         gate = gate.masked_fill(absent[..., None], float("-inf"))
@@ -65,31 +64,99 @@ def block_attention(
         inner = torch.cat((inner, local[0][:, :, None]), dim=2)
     weights = gate.softmax(dim=2)
     merged = (inner * weights[..., None]).sum(dim=2)
-    return merged, gate.logsumexp(dim=2), weights[:, :, :blocks] if weighed else None
+    return merged, gate.logsumexp(dim=2), weights[:, :, : shape[2]]
 
 
-def _merge(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Merge two outputs [..., Dv] by their log-sum-exps [...]."""
-    total = torch.logaddexp(a[1], b[1])
-    parts = (out * (lse - total).exp()[..., None] for out, lse in (a, b))
-    return sum(parts), total  # type: ignore[return-value]
+def landmark_attention(
+    q: Tensor,  # [S, G, R, D] queries as in their own block, times 1 / sqrt(D)
+    places: tuple[Tensor, Tensor],  # cosines and sines [M, D]: the rotation to each block's place
+    landmarks: Tensor,  # [S, G, M, D] of the blocks; anything where there is none
+    keys: Tensor,  # [slots, B, D]
+    values: Tensor,  # [slots, B, Dv]
+    slots: Tensor,  # [S, G, M] int64, -1: no block
+    local: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Do `block_attention` with queries rotated to each block's place, their landmarks the gates.
 
-
-def _attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Attend q [n, R, D] over k [n, B, D], v [n, B, Dv]: output [n, R, Dv], lse [n, R]."""
-    scores = torch.bmm(q, k.to(q.dtype).transpose(1, 2))
-    return torch.bmm(scores.softmax(dim=-1), v.to(q.dtype)), scores.logsumexp(dim=-1)
-
-
-def _attend_few(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Do what `_attend` does, in one pass and in the blocks' own dtype.
-
-    PyTorch's CPU kernel behind scaled_dot_product_attention, asked for its log-sum-exp too: for a
-    few rows a block it is twice as fast as two bmm, for many rows it is slower.
+    A block's log weight is the product of the rotated query and its landmark.
     """
-    narrow = q.to(k.dtype).unsqueeze(1)
-    out, lse = _flash(narrow, k.unsqueeze(1), v.unsqueeze(1), scale=1.0)
-    return out.squeeze(1).to(q.dtype), lse.squeeze(1)
+    if _compiled(q, keys, values, slots, landmarks, *places, *(local or ())):
+        return _attend_in_place(q[:, :, None], places, keys, values, slots, None, landmarks, local)
+    cos, sin = places
+    placed = rotate(q[:, :, None], (cos[:, None], sin[:, None]))  # [S, G, M, R, D]
+    gate = (placed @ landmarks[..., None])[..., 0]  # [S, G, M, R]
+    return block_attention(placed, keys, values, slots, gate, local)
+
+
+def _compiled(q: Tensor, keys: Tensor, values: Tensor, *others: Tensor | None) -> bool:
+    """Say whether the compiled kernel does this, and sooner than PyTorch would."""
+    given = [t for t in (q, keys, values, *others) if t is not None]
+    return (
+        q.shape[-2] <= FEW
+        and keys.dtype in _ELEMENTS
+        and q.dtype in _ELEMENTS
+        and values.dtype == keys.dtype
+        and keys.is_contiguous()
+        and values.is_contiguous()
+        and all(t.is_cpu for t in given)
+        and not (torch.is_grad_enabled() and any(t.requires_grad for t in given))
+    )
+
+
+def _attend_in_place(
+    q: Tensor,  # [S, G, M or 1, R, D]
+    places: tuple[Tensor, Tensor] | None,  # [M, D] each: block m sees the queries rotated so
+    keys: Tensor,
+    values: Tensor,
+    slots: Tensor,
+    gate: Tensor | None,
+    landmarks: Tensor | None,  # [S, G, M, D]: the gates are their products with the queries
+    local: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Attend by the compiled kernel: in float32, reading the blocks where they lie."""
+    streams, groups, blocks = shape = tuple(slots.shape)
+    each, rows = q.shape[2:4]
+    count, size, dim = keys.shape
+    if values.shape[:2] != keys.shape[:2] or each not in (1, blocks):
+        raise ValueError(f"queries {q.shape}, keys {keys.shape}, values {values.shape}")
+    cos, sin = places or (None, None)
+    out, lse = local or (None, None)
+    width = values.shape[2]
+    given = [
+        _floats(q, (streams, groups, each, rows, dim)),
+        _floats(cos, (blocks, dim)),
+        _floats(sin, (blocks, dim)),
+        keys,
+        values,
+        slots.to("cpu", torch.int64).contiguous(),
+        _floats(gate, (*shape, rows)),
+        _floats(landmarks, (*shape, dim)),
+        _floats(out, (streams, groups, rows, width)),
+        _floats(lse, (streams, groups, rows)),
+    ]
+    results = (
+        torch.empty(streams, groups, rows, width),
+        torch.empty(streams, groups, rows),
+        torch.empty(*shape, rows),
+    )
+    _native.attend(
+        (*shape, rows),
+        (count, size, dim, width),
+        _ELEMENTS[keys.dtype],
+        each > 1,
+        *(0 if t is None else t.data_ptr() for t in (*given, *results)),
+    )
+    out, lse, weights = (t.to(q.dtype) for t in results)
+    return out, lse, weights
+
+
+def _floats(x: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
+    """Return x as the kernel reads it; ValueError if it has another shape."""
+    if x is None:
+        return None
+    if x.shape != shape:
+        raise ValueError(f"a tensor of shape {tuple(x.shape)} where {shape} belongs")
+    return x.to(torch.float32).contiguous()
 
 
 def window_attention(

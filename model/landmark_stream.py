@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kvstore.block import BlockSpec
-from model.attention import block_attention, window_attention
+from model.attention import landmark_attention, window_attention
 from model.config import LandmarkConfig
 from model.landmark import LandmarkAttention
 from model.layers import LocalAttention, merge_heads, rotate
@@ -160,9 +160,7 @@ class LandmarkStream(Stream):
         if some_absent and (blocks < 0).all():
             return local[0]
         landmarks = self.context.index.gather(streams, blocks)  # [H, G, M, D]
-        cos, sin = self._behind(slice(1, blocks.shape[-1] + 1))
-        placed = rotate(q[:, :, None], (cos[:, None], sin[:, None]))  # [H, G, M, R, D]
-        gate = (placed @ landmarks[..., None])[..., 0]  # [H, G, M, R]
+        places = self._behind(slice(1, blocks.shape[-1] + 1))
         numbers = blocks.cpu().numpy()
         ids = self.context.ids(streams, numbers.clip(min=0) if some_absent else numbers)
         if some_absent:
@@ -179,15 +177,15 @@ class LandmarkStream(Stream):
                 slots = torch.from_numpy(pin.slots).to(self.device)
                 if some_absent:
                     slots = slots.masked_fill(blocks[:, part] < 0, -1)
-                out, _, weights = block_attention(
-                    placed[:, part],
+                out, _, weights = landmark_attention(
+                    q[:, part],
+                    places,
+                    landmarks[:, part],
                     keys,
                     values,
                     slots,
-                    gate[:, part],
                     (local[0][:, part], local[1][:, part]),
                 )
-                assert weights is not None
                 pin.weigh(weights.mean(dim=-1))
                 parts.append(out)
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -11,7 +12,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from model.attention import FEW, block_attention, weighed_attention, window_attention
+from model.attention import (
+    FEW,
+    block_attention,
+    landmark_attention,
+    weighed_attention,
+    window_attention,
+)
+from model.layers import Rotary, rotate
 
 shapes = st.fixed_dictionaries(
     {
@@ -204,23 +212,222 @@ def test_parts_merge_by_their_log_sum_exp() -> None:
     assert gap(again[1], lse) < 1e-12
 
 
-@settings(max_examples=60, deadline=None)
-@given(shape=shapes, window=st.booleans(), hole=st.booleans(), rows=st.integers(1, FEW + 1))
-def test_without_the_blocks_weights_the_rest_is_the_same(
-    shape: dict[str, int], window: bool, hole: bool, rows: int
+dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
+
+
+class Compiled:
+    """A case as the compiled kernel takes it, and the same numbers in float64."""
+
+    def __init__(self, case: Case, dtype: torch.dtype, holes: float, window: bool, loud: float):
+        generator = torch.Generator().manual_seed(case.q.shape[-1])
+        gone = torch.rand(case.slots.shape, generator=generator) < holes
+        if not window:  # each group needs a block then
+            gone[..., 0] = False
+        self.slots = case.slots.masked_fill(gone, -1)
+        self.slab = case.keys.to(dtype), case.values.to(dtype)
+        self.q, self.gate = case.scaled.float() * loud, case.gate.float() * loud
+        self.window = window
+        self.local = case.local[0].float(), case.local[1].float()
+        dim = self.q.shape[-1]
+        self.places = Rotary(dim, 100.0).table(7 * torch.arange(gone.shape[-1]), torch.float32)
+        marks = torch.randn(*gone.shape, dim, generator=generator)
+        self.landmarks = marks.masked_fill(gone[..., None], math.nan)  # there is none
+
+    def in_float64(self) -> Compiled:
+        twin = copy.copy(self)
+        for name, held in vars(self).items():
+            if isinstance(held, tuple):
+                setattr(twin, name, tuple(t.double() for t in held))
+            elif isinstance(held, Tensor) and held.is_floating_point():
+                setattr(twin, name, held.double())
+        return twin
+
+    @property
+    def placed(self) -> Tensor:
+        """The queries at each block's place, [S, G, M, R, D]."""
+        cos, sin = self.places
+        return torch.stack([rotate(self.q, (cos[m], sin[m])) for m in range(len(cos))], dim=2)
+
+    def attend(self, q: Tensor, gate: Tensor | None) -> tuple[Tensor, ...]:
+        local = self.local if self.window else None
+        return block_attention(q, *self.slab, self.slots, gate, local)
+
+    def attend_by_landmarks(self) -> tuple[Tensor, ...]:
+        local = self.local if self.window else None
+        return landmark_attention(
+            self.q, self.places, self.landmarks, *self.slab, self.slots, local
+        )
+
+
+def check(got: tuple[Tensor, ...], truth: tuple[Tensor, ...], loudest: float) -> None:
+    """Compare to float64 what float32 says of scores and gates as large as `loudest`."""
+    largest = float(truth[0].abs().max())
+    for mine, theirs, size in zip(got, truth, (1 + largest, 1 + loudest, 1), strict=True):
+        assert mine.dtype == torch.float32
+        assert theirs.dtype == torch.float64
+        assert gap(mine.double(), theirs) < 1e-6 * (4 + loudest) * size
+
+
+def loudest(*scores: Tensor | None) -> float:
+    return max(float(s.nan_to_num().abs().max()) for s in scores if s is not None and s.numel())
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    shape=shapes,
+    rows=st.integers(1, FEW),
+    wide=st.booleans(),
+    dtype=dtypes,
+    gated=st.booleans(),
+    placed=st.booleans(),
+    window=st.booleans(),
+    holes=st.sampled_from([0.0, 0.4]),
+    loud=st.sampled_from([1.0, 30.0, 1e4]),
+)
+def test_the_compiled_kernel_says_what_the_reference_says_in_float64(
+    shape: dict[str, int],
+    rows: int,
+    wide: bool,
+    dtype: torch.dtype,
+    gated: bool,
+    placed: bool,
+    window: bool,
+    holes: float,
+    loud: float,
 ) -> None:
-    case = Case(**shape | {"rows": rows, "out": shape["dim"]})
-    if hole and case.slots.numel():
-        case.slots[0, 0, 0] = -1
-    if case.slots.shape[-1] < 2 and not window:
-        return
-    local = case.local if window else None
-    given = case.scaled[:, :, None], case.keys, case.values, case.slots, None, local
-    out, lse, none = block_attention(*given, weighed=False)
-    assert none is None
-    expected = block_attention(*given)
-    assert gap(out, expected[0]) < 1e-12
-    assert gap(lse, expected[1]) < 1e-12
+    """It keeps the queries in float32, whatever the blocks have."""
+    shape = shape | {"rows": rows, "dim": 2 * shape["dim"]}
+    if wide:  # more than a vector, and no whole number of them
+        shape |= {"size": 13 * shape["size"], "dim": 14 * shape["dim"], "out": 17 * shape["out"]}
+    mine = Compiled(Case(**shape), dtype, holes, window, loud)
+    truly = mine.in_float64()
+    truth = truly.attend(
+        mine.placed.double() if placed else truly.q[:, :, None], truly.gate if gated else None
+    )
+    got = mine.attend(mine.placed if placed else mine.q[:, :, None], mine.gate if gated else None)
+    scores = torch.einsum("sgrd,nbd->sgrnb", truly.q.abs(), truly.slab[0].abs())
+    check(got, truth, loudest(scores, mine.gate if gated else None))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    shape=shapes,
+    rows=st.integers(1, FEW + 2),
+    dtype=dtypes,
+    window=st.booleans(),
+    holes=st.sampled_from([0.0, 0.4]),
+)
+def test_landmark_attention_places_the_queries_and_gates_by_the_landmarks(
+    shape: dict[str, int], rows: int, dtype: torch.dtype, window: bool, holes: float
+) -> None:
+    """Compiled, or not where there are many rows."""
+    case = Case(**shape | {"rows": rows, "dim": 2 * shape["dim"]})
+    mine = Compiled(case, dtype, holes, window, 1.0)
+    truly = mine.in_float64()
+    gate = torch.einsum("sgmrd,sgmd->sgmr", truly.placed, truly.landmarks)
+    scores = torch.einsum("sgrd,nbd->sgrnb", truly.q.abs(), truly.slab[0].abs())
+    truth = truly.attend(truly.placed, gate)
+    check(mine.attend_by_landmarks(), truth, loudest(scores, gate))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("gated", [False, True])
+def test_the_compiled_kernel_ignores_what_lies_where_no_block_is(
+    dtype: torch.dtype, gated: bool
+) -> None:
+    case = Case()
+    case.slots = torch.where(case.slots == 0, len(case.keys) - 1, case.slots)
+    case.slots[:, :, 1] = -1
+    case.slots[0, 1] = -1
+    mine = Compiled(case, dtype, 0.0, True, 1.0)
+    gate = mine.gate if gated else None
+    expected = mine.attend(mine.q[:, :, None], gate)
+    for plane in mine.slab:
+        plane[0] = math.nan
+    got = mine.attend(mine.q[:, :, None], gate)
+    for a, b in zip(expected, got, strict=True):
+        assert torch.equal(a, b)
+    assert (got[2][:, :, 1] == 0).all()
+    assert torch.equal(got[0][0, 1], mine.local[0][0, 1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_every_number_of_a_dtype_is_read_right(dtype: torch.dtype) -> None:
+    """A single token's value is the output: subnormal, infinite and huge ones too."""
+    count = 2**16 if dtype.itemsize == 2 else 1
+    bits = torch.arange(count).to(torch.int32).to(torch.int16)
+    values = bits.view(dtype) if dtype.itemsize == 2 else torch.tensor([1e-40, math.inf, -3.5])
+    values = values[values.isfinite()].view(1, 1, -1)
+    slots, q = torch.zeros(1, 1, 1, dtype=torch.int64), torch.ones(1, 1, 1, 1, 1)
+    keys = torch.zeros(1, 1, 1, dtype=dtype)
+    out, _, _ = block_attention(q, keys, values, slots, None, None)
+    assert torch.equal(out.flatten(), values.float().flatten())
+    loud = keys + 1
+    out, lse, _ = block_attention(q, loud, loud * math.nan, slots, None, None)
+    assert out.isnan().all()
+    assert float(lse) == 1
+
+
+@pytest.mark.parametrize("beyond", [23, 24, 2**62])
+@pytest.mark.parametrize("rows", [1, FEW + 1])
+def test_a_slot_beyond_the_slab_is_an_error(beyond: int, rows: int) -> None:
+    case = Case(rows=rows)
+    mine = Compiled(case, torch.bfloat16, 0.0, True, 1.0)
+    mine.slots[1, 1, 1] = max(beyond, len(case.keys))
+    with pytest.raises(IndexError):
+        mine.attend(mine.q[:, :, None], None)
+
+
+def test_tensors_that_do_not_belong_together_are_an_error() -> None:
+    mine = Compiled(Case(), torch.bfloat16, 0.0, True, 1.0)
+    q = mine.q[:, :, None]
+    keys, values = mine.slab
+    for wrong in (
+        (q[:1], keys, values, mine.slots, None, None),
+        (q[..., :2], keys, values, mine.slots, None, None),
+        (mine.placed[:, :, :2], keys, values, mine.slots, None, None),
+        (q, keys[:-1], values, mine.slots, None, None),
+        (q, keys, values, mine.slots, mine.gate[:, :, :1], None),
+        (q, keys, values, mine.slots, None, (mine.local[0][..., :1], mine.local[1])),
+        (q, keys, values, mine.slots, None, (mine.local[0], mine.local[1][:1])),
+    ):
+        with pytest.raises(ValueError, match=r"shape|queries"):
+            block_attention(*wrong)
+
+
+def test_gradients_and_wide_numbers_are_the_references(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel is asked where it is faster, and where it is right."""
+
+    def refuse(*_: object) -> None:
+        raise RuntimeError("asked")
+
+    monkeypatch.setattr("model._native.attend", refuse)
+    mine = Compiled(Case(), torch.bfloat16, 0.0, True, 1.0)
+    q = mine.q[:, :, None]
+    with pytest.raises(RuntimeError, match="asked"):
+        mine.attend(q, None)
+    with pytest.raises(RuntimeError, match="asked"):
+        mine.attend_by_landmarks()
+    mine.attend(q.double(), None)
+    mine.attend(q.clone().requires_grad_(), None)[0].sum().backward()  # type: ignore[no-untyped-call]
+    mine.gate.requires_grad_()
+    mine.attend(q, mine.gate)[0].sum().backward()  # type: ignore[no-untyped-call]
+    assert mine.gate.grad is not None
+    with torch.no_grad(), pytest.raises(RuntimeError, match="asked"):
+        mine.attend(q, mine.gate)
+
+
+def test_infinite_gates_are_as_in_the_reference() -> None:
+    """A block gated away says nothing; where all are and there is no window, nothing is known."""
+    mine = Compiled(Case(), torch.bfloat16, 0.0, False, 1.0)
+    mine.gate[:, :, 1] = -math.inf
+    mine.gate[0, 0] = -math.inf
+    got = mine.attend(mine.q[:, :, None], mine.gate)
+    truly = mine.in_float64()
+    truth = truly.attend(truly.q[:, :, None], truly.gate)
+    for a, b in zip(got, truth, strict=True):
+        assert torch.equal(a.isfinite(), b.isfinite())
+        assert torch.allclose(a.double(), b, atol=1e-5, equal_nan=True)
 
 
 @pytest.mark.parametrize("out", [4, 5])

@@ -547,7 +547,7 @@ def test_closing_ends_the_thread_with_the_last_holder():
 def test_dropped_segments_are_not_built(monkeypatch):
     built = builder.Builder()
     hold = threading.Event()
-    views = [torch.randn(DIM, 64)]
+    views = [torch.randn(64, DIM)]
     stack = pages.stack
     monkeypatch.setattr("kvstore.index.segment.stack", lambda v: hold.wait() and stack(v))
     kept = [Segment(SMALL_HNSW, 0, 64, views) for _ in range(2)]

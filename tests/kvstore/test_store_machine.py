@@ -62,7 +62,7 @@ class Strict(LRU):
 
     def touch(self, slots):
         self.require(slots)
-        super().admit(slots)
+        super().touch(slots)
 
     def weigh(self, slots, weights):
         self.require(slots)
@@ -73,6 +73,11 @@ class Strict(LRU):
         self.require(slots)
         self.held -= set(slots.tolist())
         super().release(slots)
+
+    def victims(self, count, pinned):
+        chosen = super().victims(count, pinned)
+        self.held -= set(chosen.tolist())
+        return chosen
 
     def require(self, slots):
         assert slots.dtype == np.int64

@@ -1,4 +1,10 @@
-"""Exact maximum inner product search: every landmark is scored.
+"""Exact maximum inner product search: no landmark is left out that could be among the best.
+
+Many queries are multiplied by all landmarks. Few are multiplied, in host memory, by a byte for each
+number of a landmark, a quarter of what must be read otherwise. What that is off by is bounded for
+each landmark, so that it says for nearly all that they cannot be among the k best; the others,
+some ten of 32,768, are scored. Both give what a look at all scores would (Cauchy-Schwarz:
+|q (x - x')| <= |q| |x - x'|; see kvstore/native/search.cpp).
 
 Owns its buffer of scores. Never remembers a landmark or a query.
 """
@@ -11,7 +17,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from kvstore import _native
 from kvstore.index.pages import LANES, LandmarkPages
+
+FEW = 8
+"""Queries up to which codes are faster (32,768 landmarks, two threads for many queries)."""
 
 GROUP = 64
 """Landmarks whose maximum stands for them in the first stage of the selection."""
@@ -27,7 +37,7 @@ NARROWEST = 4096
 
 
 class ExactSearch:
-    """Scores all landmarks in range, some queries and some landmarks at a time."""
+    """Searches all landmarks in range, some queries and some landmarks at a time."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -44,16 +54,21 @@ class ExactSearch:
         streams: Sequence[int],
         queries: torch.Tensor,
         k: int,
-        before: NDArray[np.int64] | None = None,
+        before: NDArray[np.int64] | int | None = None,
         start: int = 0,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the k landmarks of each stream with the largest inner products, best first.
 
-        queries: float32 [s, m, D]; before: [m], only landmarks below it count, None: all; start:
-        landmarks below it don't count. Returns numbers int64 [s, m, k], scores float32 [s, m, k],
-        with -1 and -inf where there are fewer than k.
+        queries: float32 [s, m, D]; before: [m] or for all, only landmarks below it count, None: all
+        do; start: landmarks below it don't count. Returns numbers int64 [s, m, k], scores float32
+        [s, m, k], with -1 and -inf where there are fewer than k. Of few queries, equal scores come
+        in the order of their numbers.
         """
         s, m, _ = queries.shape
+        if m <= FEW and self.device.type == "cpu":
+            return top_k_of_few(pages, streams, queries, k, before, start)
+        if isinstance(before, int):
+            before = np.full(m, before)
         stop = max((pages.counts[stream] for stream in streams), default=0)
         if before is not None:
             stop = min(stop, int(before.max(initial=0)))
@@ -117,12 +132,12 @@ class ExactSearch:
         scores = self._buffer(s * m * width).view(s, m, width)
         for i, stream in enumerate(streams):
             rows = scores[i]
-            for number, page, column, some in pages.spans(stream, first, last):
+            for number, page, row, some in pages.spans(stream, first, last):
                 # Whole lanes: what is written past the span is overwritten by the next one.
                 some = -(-some // LANES) * LANES
                 torch.mm(
                     queries[i],
-                    page.streams[stream].narrow(1, column, some),
+                    page.streams[stream].narrow(0, row, some).T,
                     out=rows.narrow(1, number - first, some),
                 )
             end = min(n, max(pages.counts[stream] - first, 0))
@@ -143,6 +158,24 @@ class ExactSearch:
             self._scores = torch.empty(0, device=self.device)
             self._scores = torch.empty(size + size // 8, device=self.device)
         return self._scores[:size]
+
+
+def top_k_of_few(
+    pages: LandmarkPages,
+    streams: Sequence[int],
+    queries: torch.Tensor,
+    k: int,
+    before: NDArray[np.int64] | int | None = None,
+    start: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Do what `ExactSearch.top_k` does by codes, on one thread: in host memory."""
+    _, m, dim = queries.shape
+    if not queries.is_contiguous():
+        queries = queries.contiguous()
+    numbers, scores = _native.top_k(
+        pages.codes, streams, pages.counts, queries.data_ptr(), m, dim, k, before, start
+    )
+    return torch.from_numpy(numbers), torch.from_numpy(scores)
 
 
 def select(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:

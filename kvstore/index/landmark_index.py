@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from kvstore import _native
 from kvstore.config import IndexConfig
 from kvstore.errors import StoreClosedError
 from kvstore.index import cost
@@ -53,6 +54,21 @@ class IndexStats:
     queries: int
     mean_query_us: float
     recall: float | None
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """How a search of one stream is done: what it follows from, and the segments, none: exactly.
+
+    key: landmarks, those of segments in use, queries, k, lowest and highest bound. loss: what it
+    takes longer, in microseconds, for want of segments up to `due`, which cost `price` to build.
+    """
+
+    key: tuple[int, int, int, int, int, int]
+    graphs: list[Segment]
+    loss: float = 0.0
+    price: float = 0.0
+    due: int = 0
 
 
 class _Tally:
@@ -109,6 +125,7 @@ class LandmarkIndex:
         # What exact search cost more than segments would have, and up to where to use segments.
         self._lost_us = [0.0] * streams
         self._target = [0] * streams
+        self._choices: list[_Choice | None] = [None] * streams
         self._closed = False
 
     def fork(self) -> LandmarkIndex:
@@ -125,6 +142,7 @@ class LandmarkIndex:
         fork._segments = self._segments.fork(fork._pages)
         fork._exact, fork._tally = self._exact, self._tally
         fork._lost_us, fork._target = list(self._lost_us), list(self._target)
+        fork._choices = list(self._choices)
         fork._closed = False
         return fork
 
@@ -175,17 +193,20 @@ class LandmarkIndex:
         bounds = _bounds(before, m)
         if not s or not m:
             return self._exact.top_k(self._pages, rows, values, k, bounds)
-        low, high = (_ALL, _ALL) if bounds is None else (int(bounds.min()), int(bounds.max()))
+        low, high = _extent(bounds)
         graphs = [self._graphs_for(stream, m, k, low, high) for stream in rows]
         if not any(graphs):
             found = self._exact.top_k(self._pages, rows, values, k, bounds)
         else:
+            if isinstance(bounds, int):
+                bounds = np.full(m, bounds)
             found = self._merge(graphs, rows, values, k, bounds)
         self._tally.kind = "hnsw" if any(graphs) else "exact"
         self._tally.queries += s * m
         self._tally.seconds += time.perf_counter() - began
         for i, stream in enumerate(rows):
             if graphs[i]:
+                assert not isinstance(bounds, int)
                 self._sample(stream, values[i], k, bounds, found[0][i, 0])
         return found
 
@@ -248,18 +269,7 @@ class LandmarkIndex:
                 f"blocks are {blocks.dtype} of shape {tuple(blocks.shape)}; "
                 f"expected int64 ({len(rows)}, ...)"
             )
-        lowest, highest = (int(b) for b in blocks.aminmax()) if blocks.numel() else (-1, -1)
-        if highest < 0 and lowest == -1:
-            return torch.empty(*blocks.shape, self.dim, device=self.device)
-        flat = blocks.reshape(len(rows), -1)
-        if lowest < -1 or highest >= min(self._pages.counts[stream] for stream in rows):
-            for stream, numbers in zip(rows, flat, strict=True):
-                low, high = (int(bound) for bound in numbers.aminmax())
-                if low < -1 or high >= self._pages.counts[stream]:
-                    raise KeyError(f"stream {stream} has no block {high if low >= -1 else low}")
-        flat = flat.to(self.device)
-        found = self._pages.gather(rows, flat.clamp(min=0) if lowest < 0 else flat)
-        return found.reshape(*blocks.shape, self.dim)
+        return self._pages.gather(rows, blocks)
 
     def kind_for(self, m: int, k: int = 1, stream: int = 0) -> Kind:
         """Return what would answer m queries at once now; changes nothing."""
@@ -300,13 +310,30 @@ class LandmarkIndex:
             # Half a segment later: until then the thread has time to build it.
             ripe = self._pages.counts[stream] - self.config.segment // 2
             self._target[stream] = max(self._target[stream], ripe)
-        usable, us = self._pick(stream, m, k, low, high)
-        if self.config.kind == "auto":
-            self._rent(stream, m, k, low, high, us)
-        if self._target[stream] >= self._segments.settled[stream] + self.config.segment:
-            self._segments.settle(stream, self._target[stream])
-            usable, _ = self._pick(stream, m, k, low, high)
-        return usable
+        segments = self._segments
+        # While nothing has changed, as from one token of a block to the next, the choice stays.
+        key = (self._pages.counts[stream], segments.settled[stream], m, k, low, high)
+        choice = self._choices[stream]
+        if choice is None or choice.key != key:
+            choice = self._choices[stream] = self._choose(key, stream)
+        if choice.loss:
+            self._rent(stream, choice)
+        if self._target[stream] >= segments.settled[stream] + self.config.segment:
+            segments.settle(stream, self._target[stream])
+            return self._pick(stream, m, k, low, high)[0]
+        return choice.graphs
+
+    def _choose(self, key: tuple[int, int, int, int, int, int], stream: int) -> _Choice:
+        count, settled, m, k, low, high = key
+        graphs, us = self._pick(stream, m, k, low, high)
+        due = count - count % self.config.segment
+        if self.config.kind != "auto" or due <= settled or due > low + OVERHANG:
+            return _Choice(key, graphs)
+        planned = len(plan(due, self.config.segment))
+        loss = us - self._graph_us(planned, min(high, count) - due, m, k)
+        missing = self._segments.missing(stream, due)
+        price = cost.build_us(missing, self.dim, self.config.ef_construction)
+        return _Choice(key, graphs, max(loss, 0.0), price, due)
 
     def _pick(
         self, stream: int, m: int, k: int, low: int, high: int
@@ -326,24 +353,17 @@ class LandmarkIndex:
         beam = max(self.config.ef_search, k)
         return cost.graph_us(graphs, max(rest, 0), m, self.dim, beam)
 
-    def _rent(self, stream: int, m: int, k: int, low: int, high: int, us: float) -> None:
+    def _rent(self, stream: int, choice: _Choice) -> None:
         """Count what a search loses for want of segments; ask for them when it has paid for them.
 
         Rent or buy: whatever the number of queries turns out to be, at most about twice the time
         is spent that would have been best in hindsight.
         """
-        count = self._pages.counts[stream]
-        due = count - count % self.config.segment
-        if due <= self._segments.settled[stream] or due > low + OVERHANG:
-            return
-        graphs = len(plan(due, self.config.segment))
-        self._lost_us[stream] += max(0.0, us - self._graph_us(graphs, min(high, count) - due, m, k))
-        missing = self._segments.missing(stream, due)
-        price = cost.build_us(missing, self.dim, self.config.ef_construction)
-        if self._lost_us[stream] >= price:
-            self._segments.request(stream, due)
-        if self._lost_us[stream] >= 1.5 * price:
-            self._target[stream] = due
+        self._lost_us[stream] += choice.loss
+        if self._lost_us[stream] >= choice.price:
+            self._segments.request(stream, choice.due)
+        if self._lost_us[stream] >= 1.5 * choice.price:
+            self._target[stream] = choice.due
             self._lost_us[stream] = 0.0
 
     def _profits(self, stream: int) -> bool:
@@ -432,9 +452,18 @@ class LandmarkIndex:
             raise ValueError(f"{name} have shape {shape}; expected ({streams}, n, {self.dim})")
         if not tensor.is_floating_point():
             raise ValueError(f"{name} are {tensor.dtype}; expected a float dtype")
-        values = tensor.detach().to(self.device, torch.float32)
-        # The sum is not finite if a number is not, and can else only have overflowed.
-        if not math.isfinite(values.sum()) and not bool(values.isfinite().all()):
+        values = tensor
+        if values.dtype is not torch.float32 or values.device != self.device:
+            values = values.to(self.device, torch.float32)
+        if values.requires_grad:
+            values = values.detach()
+        if values.is_cpu:
+            values = values.contiguous()
+            finite = _native.finite(values.data_ptr(), values.numel())
+        else:
+            # The sum is not finite if a number is not, and can else only have overflowed.
+            finite = math.isfinite(values.sum()) or bool(values.isfinite().all())
+        if not finite:
             raise ValueError(f"{name} hold numbers that are not finite")
         return values
 
@@ -474,11 +503,10 @@ def _ask_graphs(
 
 def _bounds(
     before: torch.Tensor | NDArray[np.int64] | int | None, m: int
-) -> NDArray[np.int64] | None:
-    if before is None:
-        return None
-    if isinstance(before, int) and before >= 0:
-        return np.full(m, before)
+) -> NDArray[np.int64] | int | None:
+    """Check `before`: one number for all queries, or one for each."""
+    if before is None or (isinstance(before, int) and before >= 0):
+        return before
     given = before.cpu().numpy() if isinstance(before, torch.Tensor) else np.asarray(before)
     if given.dtype.kind not in "iu" or given.shape not in ((), (m,)):
         raise ValueError(
@@ -488,3 +516,11 @@ def _bounds(
     if m and bounds.min() < 0:
         raise ValueError(f"before is {bounds.min()}; block numbers begin at 0")
     return bounds
+
+
+def _extent(bounds: NDArray[np.int64] | int | None) -> tuple[int, int]:
+    if bounds is None:
+        return _ALL, _ALL
+    if isinstance(bounds, int):
+        return bounds, bounds
+    return int(bounds.min()), int(bounds.max())

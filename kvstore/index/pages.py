@@ -6,6 +6,8 @@ A fork sees the same pages up to its own counts, and what it appends goes to a p
 the one that made a page writes to it, and nobody writes twice to the same place, so both sides of
 a fork go on without seeing each other's landmarks. A page that is full is replaced by a larger
 copy; a fork keeps the one it knows.
+
+In host memory a page also has its landmarks in a byte a number, for search by few queries.
 """
 
 from __future__ import annotations
@@ -16,11 +18,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from kvstore import _native
+
 LANES = 64
 """Scores are computed for this many landmarks at a time, so each page ends in as much slack.
 
 With whole lanes a score does not depend on how the landmarks are cut into pages (measured: bit for
-bit; a matmul's last odd columns go through another kernel and differ in the last bit), and
+bit; a matmul's last odd landmarks go through another kernel and differ in the last bit), and
 therefore a context that was forked, or closed and reopened, gives the same answers.
 """
 
@@ -29,17 +33,31 @@ SMALLEST = 1024
 
 
 class Page:
-    """Landmarks [streams, dim, size + LANES]: column c of stream s is landmark base[s] + c.
+    """Landmarks [streams, size + LANES, dim]: row r of stream s is landmark base[s] + r.
 
-    Stored across, because a few queries times landmarks [dim, n] is 1.2 to 1.8 times faster than
-    times landmarks [n, dim] (2 to 64 queries, dim 64, 32,768 landmarks).
+    Not stored across, [dim, n], though 16 queries at once are answered 1.8 times faster then (from
+    64 on it makes no difference): a single landmark is one piece so, and few queries, and the
+    gate, want single ones. Read from cold memory 16 of them take 2 us so and 13 across.
     """
 
     def __init__(self, base: list[int], size: int, dim: int, device: torch.device) -> None:
         self.base = base
         self.size = size
-        self.data = torch.empty(len(base), dim, size + LANES, device=device)
+        self.data = torch.empty(len(base), size + LANES, dim, device=device)
         self.streams = list(self.data.unbind(0))
+        self.codes = _native.Codes(self.data.numpy(), base) if device.type == "cpu" else None
+
+    def write(self, stream: int, row: int, landmarks: torch.Tensor) -> None:
+        """Write landmarks [n, dim] of a stream from a row on, which nobody has written."""
+        end = row + len(landmarks)
+        self.streams[stream][row:end] = landmarks
+        if self.codes is not None:
+            self.codes.encode(stream, row, end)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated."""
+        return self.data.nbytes + (self.codes.nbytes if self.codes is not None else 0)
 
 
 class LandmarkPages:
@@ -50,6 +68,7 @@ class LandmarkPages:
         self.device = device
         self.counts = [0] * streams
         self._pages: list[Page] = []
+        self.codes: list[_native.Codes] = []  # of each page, in host memory
         self._own = False  # the last page is ours to write to
 
     def fork(self) -> LandmarkPages:
@@ -57,6 +76,7 @@ class LandmarkPages:
         fork = LandmarkPages(len(self.counts), self.dim, self.device)
         fork.counts = list(self.counts)
         fork._pages = list(self._pages)
+        fork.codes = list(self.codes)
         return fork
 
     def append(self, stream: int, rows: torch.Tensor) -> None:
@@ -65,8 +85,7 @@ class LandmarkPages:
             return
         count = self.counts[stream]
         page = self._room(stream, count + len(rows))
-        column = count - page.base[stream]
-        page.streams[stream][:, column : column + len(rows)] = rows.T
+        page.write(stream, count - page.base[stream], rows)
         self.counts[stream] = count + len(rows)
 
     def _room(self, stream: int, stop: int) -> Page:
@@ -86,16 +105,19 @@ class LandmarkPages:
         need = max(stop - base[stream], *(c - b for c, b in zip(self.counts, base, strict=True)))
         size = -(-max(SMALLEST, need + need // 2) // LANES) * LANES
         page = Page(base, size, self.dim, self.device)
+        if page.codes is not None and self.codes:
+            page.codes.follow(self.codes[-1])
         for s, count in enumerate(self.counts):
-            for number, old, column, width in self.spans(s, base[s], count):
-                to = number - base[s]
-                page.streams[s][:, to : to + width] = old.streams[s][:, column : column + width]
+            views = self.rows(s, base[s], count)
+            if views:
+                page.write(s, 0, views[0] if len(views) == 1 else torch.cat(views))
         self._pages[keep:] = [page]
+        self.codes[keep:] = [page.codes] if page.codes is not None else []
         self._own = True
         return page
 
     def spans(self, stream: int, start: int, stop: int) -> list[tuple[int, Page, int, int]]:
-        """Return (number, page, column, width) that cover landmarks start..stop, in order."""
+        """Return (number, page, row, length) that cover landmarks start..stop, in order."""
         end = min(stop, self.counts[stream])
         found = []
         for page in reversed(self._pages):
@@ -109,10 +131,10 @@ class LandmarkPages:
         return found[::-1]
 
     def rows(self, stream: int, start: int, stop: int) -> list[torch.Tensor]:
-        """Return views [dim, n] of landmarks start..stop; landmarks once written never change."""
+        """Return views [n, dim] of landmarks start..stop; landmarks once written never change."""
         return [
-            page.streams[stream][:, column : column + width]
-            for _, page, column, width in self.spans(stream, start, stop)
+            page.streams[stream][row : row + length]
+            for _, page, row, length in self.spans(stream, start, stop)
         ]
 
     def tensor(self, stream: int) -> torch.Tensor:
@@ -120,37 +142,39 @@ class LandmarkPages:
         views = self.rows(stream, 0, self.counts[stream])
         if not views:
             return torch.empty(0, self.dim, device=self.device)
-        return (views[0] if len(views) == 1 else torch.cat(views, dim=1)).T
+        return views[0] if len(views) == 1 else torch.cat(views)
 
     def gather(self, streams: Sequence[int], numbers: torch.Tensor) -> torch.Tensor:
-        """Return landmarks [s, n, dim] of s streams; numbers int64 [s, n], which exist."""
-        first = streams[0]
-        if list(streams) != list(range(first, first + len(streams))):
-            parts = [self.gather([s], numbers[i : i + 1]) for i, s in enumerate(streams)]
-            return torch.cat(parts)
-        chosen = slice(first, first + len(streams))
-        shape = (len(streams), self.dim, numbers.shape[1])
-        found = torch.empty(0, device=self.device)
-        for page in self._pages:
-            columns = numbers.unsqueeze(1)
-            if page is not self._pages[0]:
-                base = torch.tensor(page.base[chosen], device=self.device)
-                columns = columns - base[:, None, None]
-            if len(self._pages) == 1:
-                return page.data[chosen].gather(2, columns.expand(shape)).transpose(1, 2)
-            # Those of later pages are overwritten in their turn.
-            inside = columns.clamp(0, page.data.shape[-1] - 1).expand(shape)
-            here = page.data[chosen].gather(2, inside)
-            found = here if page is self._pages[0] else torch.where(columns >= 0, here, found)
-        return found.transpose(1, 2)
+        """Return landmarks [s, ..., dim] of s streams; numbers int64 [s, ...], -1: undefined.
+
+        KeyError for one that does not exist.
+        """
+        if self.device.type == "cpu":
+            if not (numbers.is_cpu and numbers.is_contiguous()):
+                numbers = numbers.cpu().contiguous()
+            at, shape = numbers.data_ptr(), numbers.shape
+            found = _native.gather(self.codes, streams, self.counts, at, shape, self.dim)
+            return torch.from_numpy(found)
+        chosen = torch.empty(*numbers.shape, self.dim, device=self.device)
+        for i, stream in enumerate(streams):
+            low, high = (int(n) for n in numbers[i].aminmax()) if numbers[i].numel() else (-1, -1)
+            if low < -1 or high >= self.counts[stream]:
+                raise KeyError(f"stream {stream} has no block {high if low >= -1 else low}")
+            some = numbers[i].to(self.device)
+            for page in self._pages:
+                # Those of later pages are overwritten in their turn.
+                rows = some - page.base[stream]
+                here = page.streams[stream][rows.clamp(0, page.size - 1)]
+                chosen[i] = torch.where(rows.unsqueeze(-1) >= 0, here, chosen[i])
+        return chosen
 
     @property
     def nbytes(self) -> int:
         """Bytes allocated for the pages, those shared with a fork included."""
-        return sum(page.data.nbytes for page in self._pages)
+        return sum(page.nbytes for page in self._pages)
 
 
 def stack(views: Sequence[torch.Tensor]) -> NDArray[np.float32]:
-    """Copy views [dim, n] into one contiguous array [sum of n, dim] in host memory."""
-    rows: NDArray[np.float32] = np.concatenate([view.cpu().numpy().T for view in views])
-    return np.ascontiguousarray(rows)
+    """Copy views [n, dim] into one contiguous array [sum of n, dim] in host memory."""
+    rows: NDArray[np.float32] = np.concatenate([view.cpu().numpy() for view in views])
+    return rows

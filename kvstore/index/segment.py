@@ -50,7 +50,7 @@ def plan(count: int, segment: int) -> list[tuple[int, int]]:
 class Segment:
     """Landmarks start..stop of one stream, searchable once `build` has run, on any thread.
 
-    views: the landmarks [dim, n] in order, n adding up to stop - start.
+    views: the landmarks [n, dim] in order, n adding up to stop - start.
     """
 
     def __init__(

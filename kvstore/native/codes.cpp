@@ -42,12 +42,12 @@ double whole(std::uint16_t half) {
 
 }  // namespace
 
-Codes::Codes(const float* landmarks, std::vector<std::int64_t> bases, std::int64_t dim,
-             std::int64_t width)
+Codes::Codes(const float* landmarks, std::vector<std::int64_t> bases, std::int64_t width,
+             std::int64_t dim)
     : landmarks_(landmarks),
       bases_(std::move(bases)),
-      dim_(dim),
       width_(width),
+      dim_(dim),
       fours_((dim + FOUR - 1) / FOUR),
       groups_((width + LANES - 1) / LANES),
       streams_(bases_.size()),
@@ -65,13 +65,12 @@ void Codes::refer(std::int64_t stream, std::int64_t last) {
     Stream& of = streams_[stream];
     of.own = true;
     if (last < ENOUGH && !of.reference.empty()) return;
-    of.reference.resize(dim_);
-    for (std::int64_t d = 0; d < dim_; d++) {
-        const float* row = landmarks(stream) + d * width_;
-        double sum = 0;
-        for (std::int64_t i = 0; i < last; i++) sum += row[i];
-        of.reference[d] = sum / last;
+    of.reference.assign(dim_, 0.0);
+    for (std::int64_t i = 0; i < last; i++) {
+        const float* landmark = this->landmark(stream, i);
+        for (std::int64_t d = 0; d < dim_; d++) of.reference[d] += landmark[d];
     }
+    for (double& x : of.reference) x /= static_cast<double>(last);
 }
 
 void Codes::encode(std::int64_t stream, std::int64_t first, std::int64_t last) {
@@ -82,16 +81,16 @@ void Codes::encode(std::int64_t stream, std::int64_t first, std::int64_t last) {
     std::uint16_t* scales = const_cast<std::uint16_t*>(this->scales(stream));
     Bounds* bounds = const_cast<Bounds*>(this->bounds(stream));
     std::vector<double> rest(dim_);
-    for (std::int64_t column = first; column < last; column++) {
-        const float* landmark = landmarks(stream) + column;
+    for (std::int64_t row = first; row < last; row++) {
+        const float* landmark = this->landmark(stream, row);
         double most = 0, square = 0;
         for (std::int64_t d = 0; d < dim_; d++) {
-            const double x = landmark[d * width_];
+            const double x = landmark[d];
             rest[d] = x - of.reference[d];
             most = std::max(most, std::fabs(rest[d]));
             square += x * x;
         }
-        const std::int64_t group = column / LANES, lane = column % LANES;
+        const std::int64_t group = row / LANES, lane = row % LANES;
         const std::uint16_t half = half_up(std::max(most / 127, SMALLEST));
         const double scale = whole(half);
         std::uint8_t* to = codes + (group * fours_ * LANES + lane) * FOUR;
@@ -105,7 +104,7 @@ void Codes::encode(std::int64_t stream, std::int64_t first, std::int64_t last) {
             }
             to[d / FOUR * LANES * FOUR + d % FOUR] = static_cast<std::uint8_t>(code + 128);
         }
-        scales[column] = half;
+        scales[row] = half;
         Bounds& bound = bounds[group];
         bound.error = std::max(bound.error, static_cast<float>(std::sqrt(error) * UP));
         bound.length = std::max(bound.length, static_cast<float>(std::sqrt(length) * UP));

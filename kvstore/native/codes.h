@@ -31,13 +31,13 @@ class Codes {
         double longest = 0;             // |x| of its longest landmark
     };
 
-    // landmarks: float32 [bases.size(), dim, width], of which it owns nothing.
-    Codes(const float* landmarks, std::vector<std::int64_t> bases, std::int64_t dim,
-          std::int64_t width);
+    // landmarks: float32 [bases.size(), width, dim], of which it owns nothing.
+    Codes(const float* landmarks, std::vector<std::int64_t> bases, std::int64_t width,
+          std::int64_t dim);
 
     // Take over what another page's landmarks have in common.
     void follow(const Codes& other);
-    // Write the codes of a stream's landmarks at columns first..last.
+    // Write the codes of a stream's landmarks at rows first..last.
     void encode(std::int64_t stream, std::int64_t first, std::int64_t last);
 
     std::int64_t dim() const { return dim_; }
@@ -46,8 +46,8 @@ class Codes {
     std::int64_t count() const { return static_cast<std::int64_t>(bases_.size()); }
     std::int64_t base(std::int64_t stream) const { return bases_[stream]; }
     const Stream& stream(std::int64_t stream) const { return streams_[stream]; }
-    const float* landmarks(std::int64_t stream) const {
-        return landmarks_ + stream * dim_ * width_;
+    const float* landmark(std::int64_t stream, std::int64_t row) const {
+        return landmarks_ + (stream * width_ + row) * dim_;
     }
     // uint8 [groups, fours, LANES, FOUR]: what a vector instruction takes at a time lies together.
     const std::uint8_t* codes(std::int64_t stream) const {
@@ -65,7 +65,7 @@ class Codes {
 
     const float* landmarks_;
     std::vector<std::int64_t> bases_;
-    std::int64_t dim_, width_, fours_, groups_;
+    std::int64_t width_, dim_, fours_, groups_;
     std::vector<Stream> streams_;
     // Not set: pages of memory that hold no landmark yet are not taken from the system.
     std::unique_ptr<std::uint8_t[], void (*)(void*)> codes_;

@@ -1,9 +1,86 @@
 """What is compiled: see kvstore/native/."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+# Arrays are C-contiguous and of exactly these dtypes, else TypeError; a place that an array does
+# not have is an IndexError.
+
+Bools = NDArray[np.bool_]
+Bytes = NDArray[np.uint8]
+Int32s = NDArray[np.int32]
+Int64s = NDArray[np.int64]
+
+# rows.cpp
+
+def copy_rows(
+    source: Bytes,  # [any, bytes]
+    source_rows: Int64s | None,  # [n]; None: all, in order
+    target: Bytes,  # [any, bytes]
+    target_rows: Int64s | None,
+) -> None: ...
+
+# policies.cpp: kvstore.policy.Policy without `weigh`
+
+class LRU:
+    def __init__(self, slots: int) -> None: ...
+    def admit(self, slots: Int64s) -> None: ...
+    def touch(self, slots: Int64s) -> None: ...
+    def release(self, slots: Int64s) -> None: ...
+    def victims(self, count: int, pinned: Bools) -> Int64s: ...
+    def peek(self, count: int, pinned: Bools) -> Int64s: ...
+
+class SIEVE:
+    def __init__(self, slots: int) -> None: ...
+    def admit(self, slots: Int64s) -> None: ...
+    def touch(self, slots: Int64s) -> None: ...
+    def release(self, slots: Int64s) -> None: ...
+    def victims(self, count: int, pinned: Bools) -> Int64s: ...
+    def peek(self, count: int, pinned: Bools) -> Int64s: ...
+
+# tables.cpp
+
+def pin(slots: Int64s, pins: Int32s, pinned: Bools, count: Int64s) -> None: ...
+def unpin(slots: Int64s, pins: Int32s, pinned: Bools, count: Int64s) -> None: ...
+def pin_present(
+    ids: Int64s, table: Int32s, pins: Int32s, pinned: Bools, count: Int64s, place: Int64s
+) -> tuple[Int64s, Int64s] | None: ...  # slots [ids], distinct slots
+def find_tiers(
+    ids: Int64s, hot: Int32s, warm: Int32s, cold: Int64s, place: Int32s
+) -> tuple[Int64s, Bytes, tuple[int, int, int, int]]: ...  # distinct ids, tiers, how many in each
+def split(ids: Int64s, table: Int32s) -> tuple[Int64s, Int64s, Int64s]: ...
+def arrive(ids: Int64s, slots: Int64s, block: Int64s, table: Int32s) -> None: ...
+def leave(slots: Int64s, block: Int64s, table: Int32s) -> Int64s: ...  # ids
+def sort_victims(
+    slots: Int64s, block: Int64s, warm: Int32s, cold: Int64s
+) -> tuple[Int64s, tuple[Int64s, Int64s], tuple[Int64s, Int64s]]: ...
+def next_spare(spare: Bools, pinned: Bools, start: int, n: int) -> tuple[Int64s, int]: ...
+
+# planes.cpp
+
+def take_apart(
+    planes: list[Bytes], rows: Int64s, firsts: list[list[int]], blocks: Bytes
+) -> None: ...
+def merge(blocks: Any, firsts: list[list[int]], planes: list[Bytes], rows: Int64s) -> None: ...
+def make_frames(
+    ids: Int64s,
+    common: bytes,
+    blocks: Bytes,
+    raw: int,
+    tops: Any,
+    skip: int,
+    zstd_header: bytes,
+    hash: Callable[[memoryview], int],
+) -> list[bytes]: ...
+def open_frames(
+    frames: list[bytes | memoryview], ids: Int64s, common: bytes
+) -> tuple[list[int], list[memoryview], list[memoryview]] | None: ...
+def cut_frames(
+    packs: list[bytes | memoryview], which: list[int], places: Int64s
+) -> list[memoryview] | None: ...
 
 # search.cpp
 
@@ -30,6 +107,14 @@ def top_k(
     start: int,
     plain: bool = False,  # by the code that every processor runs
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]: ...  # numbers, scores [streams, m, k]
+def candidates(
+    pages: list[Codes],
+    stream: int,
+    counts: list[int],
+    query: int,  # the address of float32 [dim]
+    dim: int,
+    k: int,
+) -> int: ...  # how many landmarks top_k scores
 def gather(
     pages: list[Codes],
     streams: Sequence[int],

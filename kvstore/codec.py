@@ -10,6 +10,7 @@ import struct
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -29,8 +30,7 @@ Ids = npt.NDArray[np.int64]
 
 _MAGIC = b"KVBF"
 _CODEC_PLANES_ZSTD = 1
-_WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
-_CHECKSUM_END = 8
+_ITEM_SIZES = (1, 2, 4, 8)
 _ID_END = 16
 
 # Near enough Huffman coding alone: bytes of one significance have a skewed histogram but hardly a
@@ -59,10 +59,9 @@ _GROUP_BLOCKS = 256
 _WORTH = 32
 _PROBES = 4
 
-# Of the zstd format (RFC 8878): the magic number, a descriptor that says "one segment, its size in
-# 4 bytes", and the most that one of its blocks may hold.
+# Of the zstd format (RFC 8878): the magic number, and a descriptor that says "one segment, its
+# size in 4 bytes".
 _ZSTD_HEADER = zstandard.FRAME_HEADER + b"\xa0"
-_ZSTD_BLOCK = 1 << 17
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,7 @@ class Codec:
 
     def __init__(self, spec: BlockSpec) -> None:
         for plane in spec.planes:
-            if plane.dtype.is_complex or plane.dtype.itemsize not in _WORDS:
+            if plane.dtype.is_complex or plane.dtype.itemsize not in _ITEM_SIZES:
                 raise ValueError(
                     f"plane {plane.name!r} has dtype {plane.dtype}: it cannot be stored"
                 )
@@ -99,8 +98,9 @@ class Codec:
             for plane in spec.planes
         )
         self._sizes = [plane.nbytes for plane in spec.planes]
-        self._words = [_WORDS[plane.dtype.itemsize] for plane in spec.planes]
         self._units = _units(spec)
+        # Where in a block's bytes by significance each unit begins.
+        self._starts = [0, *accumulate(unit.nbytes for unit in self._units[:-1])]
         self._firsts = _firsts(spec, self._units)
         # What every frame of this specification has in common, compared as a whole.
         self._common = (
@@ -116,19 +116,26 @@ class Codec:
         self._sizes_of_blocks = np.full(self._group, spec.nbytes, np.uint64).tobytes()
         self._local = threading.local()
 
-    def encode(self, ids: Ids, planes: Sequence[Bytes2D]) -> list[bytes]:
+    def encode(
+        self,
+        ids: Ids,
+        planes: Sequence[Bytes2D],
+        rows: npt.NDArray[np.int64] | None = None,
+    ) -> list[bytes]:
         """Return one frame a block.
 
-        ids: int64 [n], each >= 0. planes: one uint8 [n, plane.nbytes] a plane, rows contiguous.
+        ids: int64 [n], each >= 0. planes: one uint8 [m, plane.nbytes] a plane, rows contiguous.
+        rows: int64 [n], the row of each block; without it m is n, in order.
         """
-        self._check_arrays(ids, planes)
-        only_top = len(ids) > 0 and self._only_top_compresses(planes)
+        self._check_arrays(ids, planes, rows)
+        planes = list(planes)
+        rows = np.arange(len(ids)) if rows is None else rows
+        only_top = len(ids) > 0 and self._only_top_compresses(planes, rows)
         frames: list[bytes] = []
         for start in range(0, len(ids), self._group):
             group = slice(start, start + self._group)
-            units = self._split([plane[group] for plane in planes])
-            payloads = self._splice(units) if only_top else self._stream(units)
-            frames += self._assemble(ids[group], payloads)
+            blocks = self._take_apart(planes, rows[group])
+            frames += (self._splice if only_top else self._stream)(ids[group], blocks)
         return frames
 
     def kind_of(self, frame: Frame) -> bytes:
@@ -200,79 +207,56 @@ class Codec:
 
     # Writing
 
-    def _split(self, planes: Sequence[Bytes2D]) -> list[Bytes2D]:
-        """Split elements into bytes by significance: uint8 [n, unit.nbytes] a unit."""
-        words = [plane.view(word) for plane, word in zip(planes, self._words, strict=True)]
-        units = []
-        for unit in self._units:
-            rows = self._scratch(("unit", unit.depth), (len(planes[0]), unit.nbytes))
-            for plane, first, last in unit.spans:
-                shift = 8 * (words[plane].itemsize - 1 - unit.depth)
-                target = rows[:, first:last]
-                if shift:
-                    np.right_shift(words[plane], shift, out=target, casting="unsafe")
-                else:
-                    np.copyto(target, words[plane], casting="unsafe")
-            units.append(rows)
-        return units
+    def _take_apart(self, planes: list[Bytes2D], rows: npt.NDArray[np.int64]) -> Bytes2D:
+        """Split elements into bytes by significance: all units of each block, until the next call.
 
-    def _only_top_compresses(self, planes: Sequence[Bytes2D]) -> bool:
+        uint8 [n, spec.nbytes].
+        """
+        blocks = self._scratch()[: len(rows)]
+        _native.take_apart(planes, rows, self._firsts, blocks)
+        return blocks
+
+    def _only_top_compresses(self, planes: list[Bytes2D], rows: npt.NDArray[np.int64]) -> bool:
         """Say, from a few blocks, whether the lower bytes are noise, as those of mantissas are."""
-        step = -(-len(planes[0]) // _PROBES)
-        for unit in self._split([plane[::step] for plane in planes])[:-1]:
-            stored = sum(len(part) for part in self._compress(unit))
-            if stored < unit.size - unit.size // _WORTH:
+        blocks = self._take_apart(planes, rows[:: -(-len(rows) // _PROBES)].copy())
+        for unit, first in zip(self._units[:-1], self._starts, strict=False):
+            stored = sum(map(len, self._compress(blocks, first, unit.nbytes)))
+            size = len(blocks) * unit.nbytes
+            if stored < size - size // _WORTH:
                 return False
         return True
 
-    def _compress(self, unit: Bytes2D) -> list[memoryview]:
-        """Compress each row into a zstd frame."""
-        count, nbytes = unit.shape
-        spans = np.empty((count, 2), np.uint64)
-        spans[:, 0] = np.arange(count, dtype=np.uint64) * np.uint64(nbytes)
+    def _compress(self, blocks: Bytes2D, first: int, nbytes: int) -> Any:
+        """Compress so many bytes of each block, from the first on, into zstd frames."""
+        spans = np.empty((len(blocks), 2), np.uint64)
+        spans[:, 0] = np.arange(first, blocks.size, blocks.shape[1], dtype=np.uint64)
         spans[:, 1] = nbytes
-        rows = zstandard.BufferWithSegments(unit.data, spans.tobytes())
-        packed = self._compressor().multi_compress_to_buffer(rows, threads=1)
-        return [memoryview(packed[row]) for row in range(count)]
+        rows = zstandard.BufferWithSegments(blocks.data, spans.tobytes())
+        return self._compressor().multi_compress_to_buffer(rows, threads=1)
 
-    def _splice(self, units: list[Bytes2D]) -> list[list[Frame]]:
-        """Compress the top unit alone and put the others before it, in the same zstd frame, raw.
-
-        A zstd frame is a header and blocks. Raw blocks change nothing of a decoder's state, so
-        the blocks of a frame made apart may follow them. Each payload is a list of pieces.
-        """
+    def _splice(self, ids: Ids, blocks: Bytes2D) -> list[bytes]:
+        """Compress the top unit alone and put the others before it, in the same zstd frame, raw."""
+        raw = self._starts[-1]
+        tops = self._compress(blocks, raw, self._units[-1].nbytes)
         header = _ZSTD_HEADER + struct.pack("<I", self.spec.nbytes)
-        pieces: list[list[Frame]] = [[header] for _ in range(len(units[0]))]
-        for unit in units[:-1]:
-            for start in range(0, unit.shape[1], _ZSTD_BLOCK):
-                part = unit[:, start : start + _ZSTD_BLOCK]
-                block_header = (part.shape[1] << 3).to_bytes(3, "little")
-                for payload, row in zip(pieces, part, strict=True):
-                    payload += (block_header, row.data)
-        for payload, frame in zip(pieces, self._compress(units[-1]), strict=True):
-            payload.append(frame[zstandard.frame_header_size(frame) :])
-        return pieces
+        skip = zstandard.frame_header_size(tops[0])  # the frames are of one size
+        return _native.make_frames(
+            ids, self._common, blocks, raw, tops, skip, header, xxhash.xxh3_64_intdigest
+        )
 
-    def _stream(self, units: list[Bytes2D]) -> list[list[Frame]]:
+    def _stream(self, ids: Ids, blocks: Bytes2D) -> list[bytes]:
         """Compress all units of each block into one zstd frame, each with tables of its own."""
-        payloads: list[list[Frame]] = []
-        for rows in zip(*units, strict=True):
+        frames = []
+        for block, row in zip(ids.tolist(), blocks, strict=True):
             stream = self._compressor().compressobj(size=self.spec.nbytes)
-            pieces: list[Frame] = []
-            for row in rows:
-                pieces.append(stream.compress(row.data))
+            pieces: list[bytes] = []
+            for unit, first in zip(self._units, self._starts, strict=True):
+                pieces.append(stream.compress(row[first : first + unit.nbytes].data))
                 pieces.append(stream.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK))
             pieces.append(stream.flush())
-            payloads.append(pieces)
-        return payloads
-
-    def _assemble(self, ids: Ids, payloads: list[list[Frame]]) -> list[bytes]:
-        """Put a header in front of each payload and bind all of it into the checksum."""
-        sizes = [sum(map(len, payload)) for payload in payloads]
-        frames = []
-        for block, size, payload in zip(ids.tolist(), sizes, payloads, strict=True):
-            head = struct.pack("<q", block) + self._common + struct.pack("<I", size)
-            body = b"".join((head, *payload))
+            payload = b"".join(pieces)
+            body = struct.pack("<q", block) + self._common + struct.pack("<I", len(payload))
+            body += payload
             frames.append(xxhash.xxh3_64_intdigest(body).to_bytes(8, "little") + body)
         return frames
 
@@ -303,7 +287,7 @@ class Codec:
             return "its size is not what it says"
         return None
 
-    def _decompress(self, ids: Ids, payloads: list[Frame]) -> Any:
+    def _decompress(self, ids: Ids, payloads: Sequence[Frame]) -> Any:
         """Return all units of every block, a sequence of buffers of spec.nbytes each."""
         sizes = self._sizes_of_blocks[: 8 * len(payloads)]
         try:
@@ -313,7 +297,7 @@ class Codec:
         except zstandard.ZstdError:
             raise self._undecodable(ids, payloads) from None
 
-    def _undecodable(self, ids: Ids, payloads: list[Frame]) -> CorruptBlockError:
+    def _undecodable(self, ids: Ids, payloads: Sequence[Frame]) -> CorruptBlockError:
         """Find the first block that zstd refuses although its checksum matches."""
         row = memoryview(bytearray(self.spec.nbytes))
         for block, part in zip(ids.tolist(), payloads, strict=True):
@@ -340,17 +324,12 @@ class Codec:
             self._local.decompressor = zstandard.ZstdDecompressor(max_window_size=window)
         return self._local.decompressor
 
-    def _scratch(
-        self, use: tuple[str, int], shape: tuple[int, int], dtype: npt.DTypeLike = np.uint8
-    ) -> npt.NDArray[Any]:
-        """Return this thread's array for a use; fresh large arrays would fault page by page."""
-        if not hasattr(self._local, "arrays"):
-            self._local.arrays = {}
-        arrays: dict[tuple[str, int], npt.NDArray[Any]] = self._local.arrays
-        held = arrays.get(use)
-        if held is None or len(held) < shape[0]:
-            held = arrays[use] = np.empty(shape, dtype)
-        return held[: shape[0]]
+    def _scratch(self) -> Bytes2D:
+        """Return this thread's array; fresh large arrays would fault page by page."""
+        if not hasattr(self._local, "blocks"):
+            self._local.blocks = np.empty((max(self._group, _PROBES), self.spec.nbytes), np.uint8)
+        blocks: Bytes2D = self._local.blocks
+        return blocks
 
 
 def _units(spec: BlockSpec) -> tuple[_Unit, ...]:

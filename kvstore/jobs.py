@@ -9,7 +9,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from queue import SimpleQueue
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,7 +64,7 @@ class WriteJob(Job):
     They are compressed on the thread that runs the job, and committed by the committer: while it
     waits for the disk the next ones are compressed.
 
-    ids, slots: int64 [n]; the owner keeps the slots pinned meanwhile. buffers: one for each thread.
+    ids, slots: int64 [n]; the owner keeps the slots pinned meanwhile.
     locations: int64 [n], the result.
     """
 
@@ -73,7 +72,6 @@ class WriteJob(Job):
         self,
         disk: DiskTier,
         warm: SlotTier,
-        buffers: SimpleQueue[Buffer],
         committer: Crew,
         ids: Ids,
         slots: Slots,
@@ -84,18 +82,12 @@ class WriteJob(Job):
         self.locations: NDArray[np.int64] = np.empty(0, np.int64)
         self._disk = disk
         self._warm = warm
-        self._buffers = buffers
         self._committer = committer
         self._frames: list[bytes] = []
 
     def _do(self) -> bool:
-        buffer = self._buffers.get()
-        try:
-            rows = buffer.rows(len(self.ids))
-            self._warm.gather(self.slots, rows)
-            self._frames = self._disk.encode(self.ids, rows)
-        finally:
-            self._buffers.put(buffer)
+        assert self._warm.rows is not None, "warm is host memory"
+        self._frames = self._disk.encode(self.ids, self._warm.rows, self.slots)
         self._committer.call(lambda: self._attempt(self._commit))
         return True
 

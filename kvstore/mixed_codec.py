@@ -39,17 +39,24 @@ class MixedCodec:
             if name == precision:
                 self._writes = codec, quantizer
 
-    def encode(self, ids: Ids, planes: Sequence[Bytes2D]) -> list[bytes]:
+    def encode(
+        self,
+        ids: Ids,
+        planes: Sequence[Bytes2D],
+        rows: npt.NDArray[np.int64] | None = None,
+    ) -> list[bytes]:
         """Return one frame a block; as Codec.encode."""
         if self._writes is None:
-            return self.exact.encode(ids, planes)
+            return self.exact.encode(ids, planes, rows)
         codec, quantizer = self._writes
+        places = np.arange(len(ids)) if rows is None else rows
         frames: list[bytes] = []
         for start in range(0, len(ids), _GROUP):
-            some, rows = ids[start : start + _GROUP], [p[start : start + _GROUP] for p in planes]
-            fine = quantizer.finite(rows)
-            parts = iter(codec.encode(some[fine], quantizer.quantize([p[fine] for p in rows])))
-            rest = iter(self.exact.encode(some[~fine], [p[~fine] for p in rows]))
+            some, chosen = ids[start : start + _GROUP], places[start : start + _GROUP]
+            blocks = [p[chosen] for p in planes]
+            fine = quantizer.finite(blocks)
+            parts = iter(codec.encode(some[fine], quantizer.quantize([p[fine] for p in blocks])))
+            rest = iter(self.exact.encode(some[~fine], planes, chosen[~fine]))
             frames += [next(parts if each else rest) for each in fine.tolist()]
         return frames
 

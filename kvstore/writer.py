@@ -6,7 +6,6 @@ Chooses when to write and what first; the tables are changed by the mover, the b
 from __future__ import annotations
 
 from collections import deque
-from queue import SimpleQueue
 
 import numpy as np
 
@@ -17,7 +16,7 @@ from kvstore.mover import Mover
 from kvstore.residency import Ids
 from kvstore.stats import StoreStats
 from kvstore.tiers.disk import DiskTier
-from kvstore.tiers.slots import Buffer, Slots
+from kvstore.tiers.slots import Slots
 
 _NONE = np.empty(0, np.int64)
 
@@ -62,9 +61,6 @@ class Writer:
         # For each worker one that it compresses and one that waits; and one that is committed.
         self._most_jobs = 2 * config.workers + 1
         self._quiet = slots // 2 if config.directory is None else self._batch - 1
-        self._buffers: SimpleQueue[Buffer] = SimpleQueue()
-        for _ in range(config.workers):
-            self._buffers.put(Buffer(spec, self._batch))
         # Some of these may have been saved or deleted since, or are being written.
         self._queue: deque[Ids] = deque()
         self._jobs: list[WriteJob] = []
@@ -165,9 +161,7 @@ class Writer:
             ids, slots = self._next_batch()
             if not len(ids):
                 return
-            job = WriteJob(
-                self._disk, self._mover.warm_slab, self._buffers, self._committer, ids, slots
-            )
+            job = WriteJob(self._disk, self._mover.warm_slab, self._committer, ids, slots)
             self._mover.warm.pin(slots)
             self._jobs.append(job)
             self._crew.submit(job)

@@ -68,15 +68,37 @@ void merge_plane(const Merge& m, std::size_t depth) {
     }
 }
 
-// Put blocks' elements together. firsts: for each plane where in a block its bytes of each
-// significance begin, most significant first. planes: uint8 [any, bytes]; the i-th block goes to
-// their row rows[i].
-void merge(const py::sequence& blocks, const std::vector<std::vector<std::size_t>>& firsts,
-           std::vector<Bytes>& planes, const Int64s& rows) {
-    const auto count = static_cast<py::ssize_t>(blocks.size());
-    if (rows.size() != count || planes.size() != firsts.size()) {
-        throw py::value_error("blocks and rows, or planes and places, differ in number");
+template <class Word>
+inline __attribute__((always_inline)) void split_words(const std::uint8_t* plane,
+                                                       const std::size_t* firsts,
+                                                       std::size_t elements, std::uint8_t* block) {
+    const Word* words = reinterpret_cast<const Word*>(plane);
+    for (std::size_t d = 0; d < sizeof(Word); d++) {
+        const std::size_t shift = 8 * (sizeof(Word) - 1 - d);
+        std::uint8_t* out = block + firsts[d];
+        for (std::size_t e = 0; e < elements; e++) {
+            out[e] = static_cast<std::uint8_t>(words[e] >> shift);
+        }
     }
+}
+
+KVSTORE_VECTOR void split_plane(const std::uint8_t* plane, const std::size_t* firsts,
+                                std::size_t depth, std::size_t elements, std::uint8_t* block) {
+    switch (depth) {
+        case 1: std::memcpy(block + firsts[0], plane, elements); break;
+        case 2: split_words<std::uint16_t>(plane, firsts, elements, block); break;
+        case 4: split_words<std::uint32_t>(plane, firsts, elements, block); break;
+        default: split_words<std::uint64_t>(plane, firsts, elements, block);
+    }
+}
+
+using Firsts = std::vector<std::vector<std::size_t>>;
+
+// Check planes uint8 [any, bytes] and rows of theirs, and where in a block their bytes lie; return
+// how many bytes a block has at least.
+std::size_t check_planes(const std::vector<Bytes>& planes, const Int64s& rows,
+                         const Firsts& firsts) {
+    if (planes.size() != firsts.size()) throw py::value_error("planes differ in number");
     std::size_t nbytes = 0;
     for (std::size_t p = 0; p < planes.size(); p++) {
         const std::size_t depth = firsts[p].size();
@@ -88,6 +110,37 @@ void merge(const py::sequence& blocks, const std::vector<std::vector<std::size_t
         for (const std::size_t first : firsts[p]) nbytes = std::max(nbytes, first + size / depth);
         check(rows, planes[p].shape(0));
     }
+    return nbytes;
+}
+
+// Take elements apart: the i-th block is made of the planes' row rows[i]. firsts: as of merge.
+void take_apart(const std::vector<Bytes>& planes, const Int64s& rows, const Firsts& firsts,
+                Bytes& blocks) {
+    const std::size_t nbytes = check_planes(planes, rows, firsts);
+    if (blocks.ndim() != 2 || blocks.shape(0) != rows.size() ||
+        static_cast<std::size_t>(blocks.shape(1)) < nbytes) {
+        throw py::value_error("blocks are uint8 [rows, bytes]");
+    }
+    const std::size_t stride = blocks.shape(1);
+    std::uint8_t* out = blocks.mutable_data();
+    py::gil_scoped_release release;
+    for (py::ssize_t i = 0; i < rows.size(); i++) {
+        for (std::size_t p = 0; p < planes.size(); p++) {
+            const std::size_t depth = firsts[p].size(), size = planes[p].shape(1);
+            split_plane(planes[p].data() + size * rows.data()[i], firsts[p].data(), depth,
+                        size / depth, out + stride * i);
+        }
+    }
+}
+
+// Put blocks' elements together. firsts: for each plane where in a block its bytes of each
+// significance begin, most significant first. planes: uint8 [any, bytes]; the i-th block goes to
+// their row rows[i].
+void merge(const py::sequence& blocks, const Firsts& firsts, std::vector<Bytes>& planes,
+           const Int64s& rows) {
+    const auto count = static_cast<py::ssize_t>(blocks.size());
+    if (rows.size() != count) throw py::value_error("blocks and rows differ in number");
+    const std::size_t nbytes = check_planes(planes, rows, firsts);
     for (py::ssize_t i = 0; i < count; i++) {
         const py::object block = blocks[i];
         const View view(block);
@@ -104,6 +157,60 @@ void merge(const py::sequence& blocks, const std::vector<std::vector<std::size_t
 template <class T>
 bool same(const std::uint8_t* at, T value) {
     return !std::memcmp(at, &value, sizeof value);
+}
+
+// Frames of blocks, each: the checksum by `hash` of all that follows; the block's id; `common`; the
+// size of the payload. The payload is one zstd frame (RFC 8878): `zstd_header`; the block's first
+// `raw` bytes as raw blocks; and of a zstd frame of the others, `tops`, all but the header of `skip`
+// bytes. Raw blocks change nothing of a decoder's state, so those of a frame made apart may follow.
+py::list make_frames(const Int64s& ids, const py::bytes& common, const Bytes& blocks,
+                     std::size_t raw, const py::sequence& tops, std::size_t skip,
+                     const py::bytes& zstd_header, const py::function& hash) {
+    constexpr std::size_t MOST = 1 << 17;  // in a block of zstd's
+    const auto count = static_cast<py::ssize_t>(tops.size());
+    if (ids.size() != count || blocks.ndim() != 2 || blocks.shape(0) != count ||
+        static_cast<std::size_t>(blocks.shape(1)) < raw) {
+        throw py::value_error("ids, blocks and their compressed ends do not fit together");
+    }
+    const std::string_view shared = common, header = zstd_header;
+    const std::size_t parts = (raw + MOST - 1) / MOST, head = 16 + shared.size() + 4;
+    py::list frames(count);
+    for (py::ssize_t i = 0; i < count; i++) {
+        const py::object held = tops[i];
+        const View top(held);
+        if (top.size() < skip) throw py::value_error("a zstd frame is too short");
+        const std::size_t payload = header.size() + 3 * parts + raw + top.size() - skip;
+        py::object frame = py::reinterpret_steal<py::object>(
+            PyBytes_FromStringAndSize(nullptr, static_cast<py::ssize_t>(head + payload)));
+        if (!frame) throw py::error_already_set();
+        char* at = PyBytes_AS_STRING(frame.ptr());
+        char* const start = at;
+        const auto put = [&at](const void* data, std::size_t size) {
+            std::memcpy(at, data, size);
+            at += size;
+        };
+        const std::uint64_t unknown = 0;
+        const auto size = static_cast<std::uint32_t>(payload);
+        put(&unknown, sizeof unknown);
+        put(&ids.data()[i], sizeof(std::int64_t));
+        put(shared.data(), shared.size());
+        put(&size, sizeof size);
+        put(header.data(), header.size());
+        const std::uint8_t* block = blocks.data() + blocks.shape(1) * i;
+        for (std::size_t first = 0; first < raw; first += MOST) {
+            const std::size_t part = std::min(MOST, raw - first);
+            const auto raw_header = static_cast<std::uint32_t>(part << 3);
+            put(&raw_header, 3);
+            put(block + first, part);
+        }
+        put(top.data() + skip, top.size() - skip);
+        const py::memoryview body =
+            py::memoryview::from_memory(start + 8, static_cast<py::ssize_t>(head + payload - 8));
+        const std::uint64_t checksum = py::cast<std::uint64_t>(hash(body));
+        std::memcpy(start, &checksum, sizeof checksum);
+        frames[i] = frame;
+    }
+    return frames;
 }
 
 py::object slice(const py::handle& object, std::size_t first, std::size_t last) {
@@ -150,10 +257,10 @@ py::object cut_frames(const py::list& packs, const py::list& which, const Int64s
     for (std::size_t i = 0; i < which.size(); i++) {
         const py::object pack = packs[py::cast<std::size_t>(which[i])];
         const View view(pack);
-        const std::int64_t at = 4 * places.data()[i];
-        if (at < 0 || view.size() < static_cast<std::size_t>(at) + 8) return py::none();
+        const auto place = static_cast<std::uint64_t>(places.data()[i]);
+        if (place > UINT32_MAX || view.size() < 4 * place + 8) return py::none();
         std::uint32_t bounds[2];
-        std::memcpy(bounds, view.data() + at, sizeof bounds);
+        std::memcpy(bounds, view.data() + 4 * place, sizeof bounds);
         frames[i] = slice(pack, bounds[0], bounds[1]);
     }
     return frames;
@@ -164,6 +271,11 @@ py::object cut_frames(const py::list& packs, const py::list& which, const Int64s
 void bind_planes(py::module_& module) {
     module.def("merge", &merge, given("blocks"), py::arg("firsts"), given("planes"),
                given("rows"));
+    module.def("take_apart", &take_apart, given("planes"), given("rows"), py::arg("firsts"),
+               given("blocks"));
+    module.def("make_frames", &make_frames, given("ids"), given("common"), given("blocks"),
+               py::arg("raw"), given("tops"), py::arg("skip"), given("zstd_header"),
+               py::arg("hash"));
     module.def("open_frames", &open_frames, given("frames"), given("ids"), given("common"));
     module.def("cut_frames", &cut_frames, given("packs"), given("which"), given("places"));
 }

@@ -154,10 +154,19 @@ class DiskTier:
         """
         return self.write_frames(ids, self.encode(ids, planes))
 
-    def encode(self, ids: Ids, planes: Sequence[Bytes2D]) -> list[bytes]:
-        """Compress blocks to what `write_frames` takes. Arguments as of `write`."""
+    def encode(
+        self,
+        ids: Ids,
+        planes: Sequence[Bytes2D],
+        rows: npt.NDArray[np.int64] | None = None,
+    ) -> list[bytes]:
+        """Compress blocks to what `write_frames` takes.
+
+        ids, planes: as of `write`, or with `rows`, int64 [n], planes of any number of rows, of
+        which these are the blocks.
+        """
         with self._operation():
-            return self._codec.encode(ids, planes)
+            return self._codec.encode(ids, planes, rows)
 
     def write_frames(self, ids: Ids, frames: list[bytes]) -> Locations:
         """Store blocks that are compressed already; returns and raises as `write` does."""
@@ -193,7 +202,7 @@ class DiskTier:
         numbers = (locations >> INDEX_BITS).tolist()
         places = locations & ((1 << INDEX_BITS) - 1)
         known: dict[int, int] = {}
-        packs: list[memoryview] = []
+        packs: list[bytes | memoryview] = []
         which: list[int] = []
         try:
             for number in numbers:

@@ -18,6 +18,7 @@ from kvstore.block import BlockSpec
 Slots = NDArray[np.int64]
 Rows = list[NDArray[np.uint8]]
 
+
 def rows_of(spec: BlockSpec, planes: Sequence[torch.Tensor]) -> Rows:
     """View blocks as rows; copies only what is not contiguous in host memory.
 

@@ -116,60 +116,137 @@ const float* find(const std::vector<Codes*>& pages, std::int64_t stream, std::in
     throw py::index_error("a landmark that no page holds");
 }
 
+// Some queries over one stream, together, so that codes are read once for all of them.
 class Search {
    public:
-    Search(std::vector<Span> spans, std::int64_t stream, std::int64_t k, bool plain)
-        : spans_(std::move(spans)), stream_(stream), k_(k), plain_(plain) {}
+    Search(const std::vector<Codes*>& pages, std::int64_t stream, std::int64_t k, bool plain)
+        : pages_(pages), stream_(stream), k_(k), plain_(plain) {}
 
-    void run(const Query& query, std::int64_t* numbers, float* scores) {
-        Best best(k_);
-        if (by_codes(query)) {
-            for (const auto& [span, row] : candidates_) {
-                prefetch(span->page->landmark(stream_, row), query.dim);
-            }
-            for (const auto& [span, row] : candidates_) add(*span, row, query, best);
-        } else {
-            for (const Span& span : spans_) {
-                for (std::int64_t row = span.first; row < span.last; row++) {
-                    add(span, row, query, best);
+    // Ask for the landmarks start..stop with the largest inner products with a query.
+    void ask(Query query, std::int64_t start, std::int64_t stop) {
+        if (asked_.empty()) start_ = start, stop_ = stop;
+        stop_ = std::max(stop_, stop);
+        asked_.push_back({std::move(query), stop, stop - start >= WORTH * k_, {}, {}});
+    }
+
+    // Write the k best for each query, one query behind the other.
+    void answer(std::int64_t* numbers, float* scores) {
+        find();
+        for (const Asked& asked : asked_) {
+            Best best(k_);
+            if (asked.coded) {
+                for (const Row& row : asked.candidates) prefetch(row.landmark, asked.query.dim);
+                for (const Row& row : asked.candidates) add(row, asked.query, best);
+            } else {
+                for (const Span& span : spans_) {
+                    for (std::int64_t row = span.first; row < end_of(span, asked); row++) {
+                        add(row_of(span, row), asked.query, best);
+                    }
                 }
             }
+            best.write(numbers, scores);
+            numbers += k_;
+            scores += k_;
         }
-        best.write(numbers, scores);
+    }
+
+    // How many landmarks are scored for the first query.
+    std::int64_t candidates() {
+        find();
+        return asked_[0].coded ? asked_[0].candidates.size() : stop_ - start_;
     }
 
    private:
-    // Find the candidates; false if nothing can be said by the codes.
-    bool by_codes(const Query& query) {
-        std::int64_t landmarks = 0;
-        double longest = 0, common = 0;
+    struct Row {
+        const float* landmark;
+        std::int64_t number;
+    };
+
+    struct Asked {
+        Query query;
+        std::int64_t stop;
+        bool coded;              // codes say something about this query
+        std::vector<float> low;  // [chunks and edges, LANES]
+        std::vector<Row> candidates;
+    };
+
+    // Find the candidates of each query that codes say something about.
+    void find() {
+        spans_ = spans_of(pages_, stream_, start_, stop_);
+        double longest = 0;
         for (const Span& span : spans_) {
             const Codes::Stream& of = span.page->stream(stream_);
-            landmarks += span.last - span.first;
-            double square = 0;
-            for (double x : of.reference) square += x * x;
-            common = std::max(common, std::sqrt(square));
+            const double common = length(of.reference);
+            common_ = std::max(common_, common);
             longest = std::max({longest, of.longest, common});
         }
-        if (landmarks < WORTH * k_ || query.wide.size() > WIDEST ||
-            std::max(query.length, 1 / LARGEST) * longest > LARGEST) {
-            return false;
+        width_ = stop_ - start_ + 2 * LANES * static_cast<std::int64_t>(spans_.size());
+        up_.resize(width_ * asked_.size());
+        bool some = false;
+        for (Asked& asked : asked_) {
+            const Query& query = asked.query;
+            asked.coded = asked.coded && query.dim <= WIDEST &&
+                          std::max(query.length, 1 / LARGEST) * longest <= LARGEST;
+            some = some || asked.coded;
         }
-        // What else rounding does: to the scores themselves, and to what is near zero.
-        const float margin =
-            static_cast<float>(2 * (1e-6 * query.length * common + 1e-36) * (1 + 1e-6));
-        up_.resize(landmarks + 2 * LANES * static_cast<std::int64_t>(spans_.size()));
-        low_.clear();
+        if (!some) return;
         std::int64_t at = 0;
-        for (const Span& span : spans_) at += look(span, query, at);
-        const float least = kth_largest(low_, k_) - margin;
+        for (const Span& span : spans_) at += look(span, at);
+        for (std::size_t i = 0; i < asked_.size(); i++) {
+            if (asked_[i].coded) asked_[i].coded = choose(asked_[i], up_.data() + i * width_);
+        }
+    }
+
+    // Write the largest possible scores of a span's landmarks to up_, from `at` on, and to each
+    // query's `low` the largest of the smallest possible ones; return how many were written.
+    std::int64_t look(const Span& span, std::int64_t at) {
+        const Codes& page = *span.page;
+        const std::vector<double>& reference = page.stream(stream_).reference;
+        std::vector<float> offsets;
+        for (const Asked& asked : asked_) {
+            double offset = 0;
+            for (std::size_t d = 0; d < reference.size(); d++) {
+                offset += asked.query.wide[d] * reference[d];
+            }
+            offsets.push_back(static_cast<float>(offset));
+        }
+        const std::int64_t begin = span.first / LANES * LANES, end = rounded(span.last);
+        for (std::int64_t chunk = begin; chunk < end; chunk += CHUNK) {
+            for (std::size_t i = 0; i < asked_.size(); i++) {
+                Asked& asked = asked_[i];
+                if (!asked.coded) continue;
+                const std::int64_t last = std::min(end_of(span, asked), chunk + CHUNK);
+                for (std::int64_t row = chunk; row < last;) {
+                    const bool edge = row < span.first || row + LANES > last;
+                    const std::int64_t count = edge ? LANES : (last - row) / LANES * LANES;
+                    asked.low.resize(asked.low.size() + LANES, LOWEST);
+                    float* low = asked.low.data() + asked.low.size() - LANES;
+                    float* up = up_.data() + i * width_ + at + (row - begin);
+                    scan({page.codes(stream_) + row * page.fours() * Codes::FOUR,
+                          page.scales(stream_) + row, page.bounds(stream_) + row / LANES,
+                          count / LANES, page.fours(), offsets[i], up, low},
+                         asked.query, plain_);
+                    for (std::int64_t lane = 0; edge && lane < LANES; lane++) {
+                        if (row + lane < span.first || row + lane >= last) {
+                            up[lane] = low[lane] = LOWEST;
+                        }
+                    }
+                    row += count;
+                }
+            }
+        }
+        return end - begin;
+    }
+
+    // Keep those that could be among the k best; false if all could.
+    bool choose(Asked& asked, const float* up) const {
+        // What else rounding does: to the scores themselves, and to what is near zero.
+        const double margin = 2 * (1e-6 * asked.query.length * common_ + 1e-36) * (1 + 1e-6);
+        const float least = kth_largest(asked.low, k_) - static_cast<float>(margin);
         if (least == LOWEST) return false;
-        candidates_.clear();
-        at = 0;
         for (const Span& span : spans_) {
             const std::int64_t begin = span.first / LANES * LANES;
-            const std::int64_t end = (span.last + LANES - 1) / LANES * LANES;
-            const float* up = up_.data() + at;
+            const std::int64_t end = rounded(end_of(span, asked));
             for (std::int64_t i = 0; i < end - begin; i += LANES) {
                 float most = up[i];
                 for (std::int64_t lane = 1; lane < LANES; lane++) {
@@ -178,52 +255,12 @@ class Search {
                 if (most < least) continue;
                 for (std::int64_t lane = 0; lane < LANES; lane++) {
                     if (up[i + lane] < least) continue;
-                    candidates_.emplace_back(&span, begin + i + lane);
+                    asked.candidates.push_back(row_of(span, begin + i + lane));
                 }
             }
-            at += end - begin;
+            up += rounded(span.last) - begin;
         }
         return true;
-    }
-
-    // Write the largest possible scores of a span's landmarks to up_, from `at` on, and the largest
-    // of the smallest possible ones to low_; return how many were written.
-    std::int64_t look(const Span& span, const Query& query, std::int64_t at) {
-        const Codes& page = *span.page;
-        const std::vector<double>& reference = page.stream(stream_).reference;
-        double offset = 0;
-        for (std::size_t d = 0; d < reference.size(); d++) offset += query.wide[d] * reference[d];
-        const std::int64_t begin = span.first / LANES * LANES;
-        const std::int64_t end = (span.last + LANES - 1) / LANES * LANES;
-        const auto groups = [&](std::int64_t row, std::int64_t count, float* low) {
-            const std::int64_t group = row / LANES;
-            return Groups{page.codes(stream_) + group * page.fours() * LANES * Codes::FOUR,
-                          page.scales(stream_) + row,
-                          page.bounds(stream_) + group,
-                          count / LANES,
-                          page.fours(),
-                          static_cast<float>(offset),
-                          up_.data() + at + (row - begin),
-                          low};
-        };
-        for (std::int64_t row = begin; row < end;) {
-            const bool edge = row < span.first || row + LANES > span.last;
-            const std::int64_t whole = (span.last - row) / LANES * LANES;
-            const std::int64_t count = edge ? LANES : std::min(CHUNK, whole);
-            low_.resize(low_.size() + LANES, LOWEST);
-            float* low = low_.data() + low_.size() - LANES;
-            scan(groups(row, count, low), query, plain_);
-            if (edge) {
-                float* up = up_.data() + at + (row - begin);
-                for (std::int64_t lane = 0; lane < LANES; lane++) {
-                    if (row + lane < span.first || row + lane >= span.last) {
-                        up[lane] = low[lane] = LOWEST;
-                    }
-                }
-            }
-            row += count;
-        }
-        return end - begin;
     }
 
     static float kth_largest(const std::vector<float>& values, std::int64_t k) {
@@ -245,20 +282,41 @@ class Search {
         return largest.front();
     }
 
-    void add(const Span& span, std::int64_t row, const Query& query, Best& best) const {
-        const float found = score(span.page->landmark(stream_, row), query);
-        if (found >= best.least()) best.add({found, span.number + row - span.first});
+    static std::int64_t rounded(std::int64_t row) { return (row + LANES - 1) / LANES * LANES; }
+
+    static double length(const std::vector<double>& numbers) {
+        double square = 0;
+        for (const double x : numbers) square += x * x;
+        return std::sqrt(square);
     }
 
-    std::vector<Span> spans_;
+    // The row of a span at which the landmarks end that count for a query; no less than its first.
+    static std::int64_t end_of(const Span& span, const Asked& asked) {
+        return std::max(span.first, std::min(span.last, asked.stop - span.number + span.first));
+    }
+
+    Row row_of(const Span& span, std::int64_t row) const {
+        return {span.page->landmark(stream_, row), span.number + row - span.first};
+    }
+
+    static void add(const Row& row, const Query& query, Best& best) {
+        const float found = score(row.landmark, query);
+        if (found >= best.least()) best.add({found, row.number});
+    }
+
+    const std::vector<Codes*>& pages_;
     std::int64_t stream_, k_;
     bool plain_;
+    std::int64_t start_ = 0, stop_ = 0;
+    std::vector<Asked> asked_;
+    std::vector<Span> spans_;
+    double common_ = 0;       // the longest of the pages' references
+    std::int64_t width_ = 0;  // of a query's part of up_
     // Kept between searches: fresh memory of this size costs page faults.
-    static thread_local std::vector<float> up_, low_;
-    std::vector<std::pair<const Span*, std::int64_t>> candidates_;
+    static thread_local std::vector<float> up_;
 };
 
-thread_local std::vector<float> Search::up_, Search::low_;
+thread_local std::vector<float> Search::up_;
 
 void check(const std::vector<Codes*>& pages, const Numbers& streams, const Numbers& counts,
            std::int64_t dim) {
@@ -294,17 +352,31 @@ py::tuple top_k(const std::vector<Codes*>& pages, const Numbers& streams, const 
     std::int64_t* number = numbers.mutable_data();
     float* score = scores.mutable_data();
     const float* at = reinterpret_cast<const float*>(queries);
+    const std::int64_t fours = (dim + Codes::FOUR - 1) / Codes::FOUR;
     for (const std::int64_t stream : streams) {
-        for (std::int64_t j = 0; j < m; j++, at += dim, number += k, score += k) {
+        Search search(pages, stream, k, plain);
+        for (std::int64_t j = 0; j < m; j++, at += dim) {
             std::int64_t stop = counts[stream];
             if (before) {
                 stop = std::min(stop, array ? array->data()[j] : std::get<std::int64_t>(*before));
             }
-            Search search(spans_of(pages, stream, start, stop), stream, k, plain);
-            search.run(Query(at, dim, (dim + Codes::FOUR - 1) / Codes::FOUR), number, score);
+            search.ask(Query(at, dim, fours), start, std::max(start, stop));
         }
+        if (m) search.answer(number, score);
+        number += m * k;
+        score += m * k;
     }
     return py::make_tuple(std::move(numbers), std::move(scores));
+}
+
+std::int64_t candidates(const std::vector<Codes*>& pages, std::int64_t stream,
+                        const Numbers& counts, Address query, std::int64_t dim, std::int64_t k) {
+    check(pages, {stream}, counts, dim);
+    Search search(pages, stream, k, false);
+    search.ask(Query(reinterpret_cast<const float*>(query), dim,
+                     (dim + Codes::FOUR - 1) / Codes::FOUR),
+               0, counts[stream]);
+    return search.candidates();
 }
 
 py::array gather(const std::vector<Codes*>& pages, const Numbers& streams, const Numbers& counts,
@@ -385,6 +457,8 @@ void bind_search(py::module_& module) {
     module.def("top_k", &top_k, py::arg("pages"), py::arg("streams"), py::arg("counts"),
                py::arg("queries"), py::arg("m"), py::arg("dim"), py::arg("k"), py::arg("before"),
                py::arg("start"), py::arg("plain") = false);
+    module.def("candidates", &candidates, py::arg("pages"), py::arg("stream"), py::arg("counts"),
+               py::arg("query"), py::arg("dim"), py::arg("k"));
     module.def("gather", &gather, py::arg("pages"), py::arg("streams"), py::arg("counts"),
                py::arg("blocks"), py::arg("shape"), py::arg("dim"));
     module.def("finite", &finite, py::arg("numbers"), py::arg("count"));

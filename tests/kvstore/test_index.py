@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 
+from kvstore import _native
 from kvstore.config import IndexConfig
 from kvstore.errors import KVStoreError, StoreClosedError
 from kvstore.index import GraphFiles, LandmarkIndex, builder, cost, exact, pages
@@ -100,6 +101,189 @@ def test_exact_is_numpy(data):
         found = index.gather([s], real[None])[0]
         np.testing.assert_array_equal(found.numpy(), landmarks[s][real.numpy()])
         same(index, landmarks[s], queries[s], k, bounds, (blocks[s], scores[s]))
+
+
+# few queries, by codes
+
+
+def many(kind: str, n: int, dim: int, generator: np.random.Generator) -> np.ndarray:
+    """Landmarks float32 [n, dim] of a kind that something about codes could be wrong for."""
+    points = generator.normal(size=(n, dim))
+    common = generator.normal(size=dim)
+    if kind == "common":
+        points = 0.25 * points + 4 * common
+    elif kind == "nearly equal":
+        points = 1e-5 * points + 100 * common
+    elif kind == "duplicates":
+        points = points[generator.integers(0, max(n // 8, 1), n)]
+    elif kind == "zeros":
+        points *= generator.random((n, 1)) < 0.2
+    elif kind == "outliers":
+        points *= 1000.0 ** generator.integers(-1, 2, (n, 1))
+    elif kind == "sparse":
+        points *= generator.random((n, dim)) < 0.1
+    elif kind == "whole":
+        points = np.round(points)
+    elif kind == "tiny":
+        points *= 1e-41
+    elif kind == "small":
+        points *= 1e-22
+    elif kind == "large":
+        points *= 1e18
+    elif kind == "huge":
+        points = np.clip(points, -3, 3) * 1e38
+    elif kind == "all sizes":
+        points *= 10.0 ** generator.uniform(-44, 37, (n, 1))
+    return points.astype(np.float32)
+
+
+KINDS = "random common duplicates zeros outliers sparse whole tiny small large huge".split() + [
+    "nearly equal",
+    "all sizes",
+]
+
+
+def best(landmarks: np.ndarray, query: np.ndarray, k: int, start: int, stop: int):
+    """Numbers and scores of the k best in range: float64, rounded; of equals the older first."""
+    products = landmarks[start:stop].astype(np.float64) @ query.astype(np.float64)
+    with np.errstate(over="ignore"):
+        scores = products.astype(np.float32)
+    order = np.argsort(-scores, kind="stable")[:k]
+    return order + start, scores[order]
+
+
+def check_best(landmarks, query, k, start, stop, numbers, scores):
+    """Check an answer; a sum in another order may be rounded to a neighbour."""
+    want, want_scores = best(landmarks, query, k, start, stop)
+    assert (numbers[len(want) :] == -1).all()
+    assert (scores[len(want) :] == -np.inf).all()
+    numbers, scores = numbers[: len(want)], scores[: len(want)]
+    assert len(set(numbers.tolist())) == len(want)
+    assert ((numbers >= start) & (numbers < stop)).all()
+    keys = list(zip(-scores, numbers, strict=True))
+    assert keys == sorted(keys)
+    magnitude = np.abs(landmarks.astype(np.float64)) @ np.abs(query.astype(np.float64))
+    slack = 1e-44 + 2.0**-23 * np.abs(want_scores) + 1e-14 * magnitude[want]
+    with np.errstate(invalid="ignore"):
+        off = np.abs(scores.astype(np.float64) - want_scores)
+    assert ((off <= slack) | (scores == want_scores)).all()
+    # Each score is that of its landmark.
+    exact = landmarks[numbers].astype(np.float64) @ query.astype(np.float64)
+    with np.errstate(over="ignore", invalid="ignore"):
+        off = np.abs(scores - exact)
+        assert ((off <= slack + 2.0**-23 * np.abs(exact)) | (scores == np.float32(exact))).all()
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    kind=st.sampled_from(KINDS),
+    asked=st.sampled_from(["random", "along", "against", "zeros", "tiny", "large", "one"]),
+    n=st.integers(1, 700) | st.integers(700, 3000),
+    dim=st.integers(1, 130) | st.sampled_from([4, 16, 64, 128]),
+    k=st.integers(1, 20) | st.sampled_from([64, 300]),
+    cuts=st.lists(st.integers(1, 2999), max_size=4),
+    start=st.integers(0, 100) | st.just(0),
+    beyond=st.none() | st.integers(0, 3000),
+    plain=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+def test_codes_lose_nothing(kind, asked, n, dim, k, cuts, start, beyond, plain, seed):
+    generator = np.random.default_rng(seed)
+    landmarks = many(kind, n, dim, generator)
+    query = generator.normal(size=dim)
+    if asked in ("along", "against"):
+        row = landmarks[generator.integers(0, n)].astype(np.float64)
+        query = row / (np.abs(row).max() or 1) * (1 if asked == "along" else -1)
+    query = query * {"zeros": 0, "tiny": 1e-40, "large": 1e25}.get(asked, 1)
+    if asked == "one":
+        query *= np.arange(dim) == generator.integers(0, dim)
+    query = query.astype(np.float32)
+    held = pages.LandmarkPages(1, dim, torch.device("cpu"))
+    edges = sorted({0, n, *(cut for cut in cuts if cut < n)})
+    for i, (a, b) in enumerate(zip(edges, edges[1:], strict=False)):
+        held.append(0, torch.from_numpy(landmarks[a:b]))
+        held = held.fork() if i % 2 else held
+    at = torch.from_numpy(query[None])
+    numbers, scores = _native.top_k(
+        held.codes, [0], held.counts, at.data_ptr(), 1, dim, k, beyond, start, plain
+    )
+    stop = n if beyond is None else min(n, beyond)
+    check_best(landmarks, query, k, min(start, stop), stop, numbers[0, 0], scores[0, 0])
+
+
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("rounded", ["landmarks", "query"])
+def test_codes_that_mislead_lose_nothing(rounded, plain):
+    """All that rounding takes from a winner makes it worse, so only the bound can keep it."""
+    generator = np.random.default_rng(1)
+    n, dim, k = 1024, 64, 4
+    signs = generator.choice([-1.0, 1.0], dim)
+    landmarks = np.zeros((n, dim))
+    landmarks[:, 0] = 127  # makes the scale 1, so that whole numbers are exact
+    landmarks[:, 1] = generator.integers(1, 3, n)  # a little ahead of the winners
+    query = np.zeros(dim)
+    query[1] = 1
+    winners = 16 * generator.choice(n // 16 - 1, 3 * k, replace=False)
+    landmarks[winners, 1] = -2
+    if rounded == "landmarks":
+        query[2:] = 127 * signs[2:]
+        landmarks[winners, 2:] = 0.49 * signs[2:]
+    else:
+        query[0] = 127
+        query[2:] = 0.49 * signs[2:]
+        landmarks[:, 2:] = generator.choice([-127, 127], (n, dim - 2))
+        landmarks[winners, 2:] = 127 * signs[2:]
+        landmarks[:, 0] = 0
+    landmarks = np.concatenate((landmarks, -landmarks)).astype(np.float32)  # in common: nothing
+    query = query.astype(np.float32)
+    held = pages.LandmarkPages(1, dim, torch.device("cpu"))
+    held.append(0, torch.from_numpy(landmarks))
+    numbers, scores = _native.top_k(
+        held.codes, [0], held.counts, query.ctypes.data, 1, dim, k, None, 0, plain
+    )
+    assert set(numbers[0, 0].tolist()) <= set(winners.tolist())
+    check_best(landmarks, query, k, 0, 2 * n, numbers[0, 0], scores[0, 0])
+
+
+def test_codes_leave_few_to_be_scored():
+    """A bound that is right but loose would be found by nothing else than the time it takes."""
+    generator = np.random.default_rng(0)
+    landmarks = 0.25 * generator.normal(size=(8192, 64)) + generator.normal(size=64)
+    held = pages.LandmarkPages(1, 64, torch.device("cpu"))
+    for part in torch.from_numpy(landmarks.astype(np.float32)).split(3000):
+        held.append(0, part)
+    counts = []
+    for _ in range(20):
+        query = torch.from_numpy(generator.normal(size=(1, 64)).astype(np.float32))
+        counts.append(_native.candidates(held.codes, 0, held.counts, query.data_ptr(), 64, 4))
+    assert 4 <= np.median(counts) <= 20
+
+
+@pytest.mark.parametrize("m", [1, 2, exact.FEW, exact.FEW + 1])
+def test_few_queries_and_many_find_the_same(m):
+    landmarks, queries = clustered(5000, 64), torch.randn(2, m, 64)
+    index = LandmarkIndex(IndexConfig(kind="exact"), 2, 64)
+    index.add([0, 1], torch.stack((landmarks, landmarks.flip(0))))
+    blocks, scores = index.search([0, 1], queries, 6, 4000)
+    for i in range(m):
+        alone = index.search([0, 1], queries[:, i : i + 1], 6, torch.tensor(4000))
+        assert torch.equal(alone[0][:, 0], blocks[:, i])
+        torch.testing.assert_close(alone[1][:, 0], scores[:, i])
+
+
+def test_equal_scores_come_in_the_order_of_their_numbers():
+    index = LandmarkIndex(IndexConfig(kind="exact"), 1, DIM)
+    index.add([0], torch.ones(1, 1000, DIM))
+    blocks, _ = index.search([0], torch.ones(1, 1, DIM), 5, 900)
+    assert blocks.flatten().tolist() == [0, 1, 2, 3, 4]
+
+
+def test_memory_of_codes_is_counted():
+    index = LandmarkIndex(IndexConfig(kind="exact"), 1, 64)
+    index.add([0], torch.randn(1, 100_000, 64))
+    rows = index._pages._pages[0].data
+    each = index.nbytes * 4 * 64 / rows.nbytes
+    assert 4 * 64 + 66 < each < 4 * 64 + 67
 
 
 @pytest.mark.parametrize(("rows", "width", "k"), [(1, 64 * 300, 5), (7, 64 * 90, 16), (40, 640, 3)])

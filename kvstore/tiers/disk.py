@@ -814,13 +814,15 @@ class DiskTier:
                     f"the cold tier in {self.directory} was opened by another process: a child "
                     "has to open its own"
                 )
-            self._operations[threading.get_ident()] += 1
+            caller = threading.get_ident()
+            self._operations[caller] += 1
         try:
             yield
         finally:
             with self._idle:
-                self._operations[threading.get_ident()] -= 1
-                self._operations = +self._operations  # without those that are in none
+                self._operations[caller] -= 1
+                if self._operations[caller] <= 0:  # less where `abandon` has forgotten it
+                    del self._operations[caller]
                 self._idle.notify_all()
 
     @contextlib.contextmanager

@@ -833,10 +833,13 @@ def test_a_killed_writers_child_does_not_keep_the_store(directory):
     def work():
         tier = DiskTier(directory, SPEC, CAPACITY)
         write(tier, range(3))
+        forked, fork_is_done = os.pipe()
         if os.fork() == 0:
+            os.write(fork_is_done, b"1")
             os.close(begin)
             os.read(end, 1)
             os._exit(0)
+        os.read(forked, 1)  # what the child does first, it has done
         os.kill(os.getpid(), signal.SIGKILL)
 
     assert in_child(work) == -signal.SIGKILL

@@ -2,7 +2,9 @@
 
 Each size is searched by single queries and by batches, through the index exactly, by plain matmul
 and topk, and through HNSW segments, in turn in one run; medians are reported, in microseconds a
-query. The constants in kvstore/index/cost.py come from here.
+query. Before each search other memory is gone through, as a model does between two of its layers'
+searches, so that nothing is found in the core's own caches. The constants in
+kvstore/index/cost.py come from here.
 
 python -m bench.index --data landmarks.safetensors --plot docs/index.png
 python -m bench.index --synthetic --most 262144
@@ -30,6 +32,8 @@ from kvstore.index import LandmarkIndex, cost
 
 Search = Callable[[torch.Tensor], torch.Tensor]
 WAYS = ("exact", "plain", "hnsw")
+SWEPT = 8 * 2**20
+"""Bytes gone through between two searches: four times the second cache of the core measured."""
 
 
 def main() -> None:
@@ -150,6 +154,7 @@ def measure(
         "hnsw": lambda q: graph.search([0], q[None], k)[0][0],
     }
     times: dict[str, list[float]] = {way: [] for way in ways}
+    swept = torch.zeros(SWEPT, dtype=torch.uint8)
     found = wanted = 0
     parts = [part for part in torch.split(queries, batch) if len(part) == batch]
     began = time.perf_counter()
@@ -158,6 +163,7 @@ def measure(
         part = parts[turn % len(parts)]
         answers = {}
         for way, search in ways.items():
+            swept.add_(1)
             start = time.perf_counter()
             answers[way] = search(part)
             # The first turn fills buffers and caches.

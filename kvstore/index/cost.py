@@ -9,9 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+FEW = 8
+"""Queries up to which codes, on one thread, are faster than all numbers, on two."""
+
+CODES_CALL = 35.0
+CODES_READ = 0.00008  # a landmark's number read and multiplied, for the first query
+CODES_MULTIPLY = 0.00002  # a landmark's number multiplied, for each further query
+CODES_SELECT = 0.0006  # a landmark's bounds looked at, for each further query
+
 EXACT_CALL = 25.0
-EXACT_READ = 0.00014  # a landmark's number read and multiplied, for the first query
-EXACT_MULTIPLY = 0.0000105  # a landmark's number multiplied, for each further query
+EXACT_READ = 0.00014  # the same of all numbers, for many queries
+EXACT_MULTIPLY = 0.0000105
 EXACT_SELECT = 0.0005  # a landmark's score looked at, for each query
 
 GRAPH_CALL = 15.0
@@ -24,6 +32,9 @@ BUILD = 0.55  # a landmark inserted, for each entry of the beam
 
 def exact_us(landmarks: int, queries: int, dim: int) -> float:
     """Microseconds for one stream's queries over all landmarks in range."""
+    if queries <= FEW:
+        further = CODES_MULTIPLY * dim + CODES_SELECT
+        return CODES_CALL + landmarks * (CODES_READ * dim + further * (queries - 1))
     per_landmark = dim * (EXACT_READ + EXACT_MULTIPLY * (queries - 1)) + EXACT_SELECT * queries
     return EXACT_CALL + landmarks * per_landmark
 

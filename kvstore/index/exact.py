@@ -18,10 +18,8 @@ import torch
 from numpy.typing import NDArray
 
 from kvstore import _native
+from kvstore.index.cost import FEW
 from kvstore.index.pages import LANES, LandmarkPages
-
-FEW = 8
-"""Queries up to which codes are faster (32,768 landmarks, two threads for many queries)."""
 
 GROUP = 64
 """Landmarks whose maximum stands for them in the first stage of the selection."""

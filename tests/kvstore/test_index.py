@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 import time
@@ -137,8 +138,19 @@ def many(kind: str, n: int, dim: int, generator: np.random.Generator) -> np.ndar
     return points.astype(np.float32)
 
 
-KINDS = "random common duplicates zeros outliers sparse whole tiny small large huge".split() + [
+KINDS = [
+    "random",
+    "common",
     "nearly equal",
+    "duplicates",
+    "zeros",
+    "outliers",
+    "sparse",
+    "whole",
+    "tiny",
+    "small",
+    "large",
+    "huge",
     "all sizes",
 ]
 
@@ -200,7 +212,7 @@ def test_codes_lose_nothing(kind, asked, n, dim, k, cuts, start, beyond, plain, 
     query = query.astype(np.float32)
     held = pages.LandmarkPages(1, dim, torch.device("cpu"))
     edges = sorted({0, n, *(cut for cut in cuts if cut < n)})
-    for i, (a, b) in enumerate(zip(edges, edges[1:], strict=False)):
+    for i, (a, b) in enumerate(itertools.pairwise(edges)):
         held.append(0, torch.from_numpy(landmarks[a:b]))
         held = held.fork() if i % 2 else held
     at = torch.from_numpy(query[None])
@@ -593,7 +605,7 @@ def test_auto_builds_what_single_queries_have_paid_for(monkeypatch):
 
 
 def test_auto_prefers_exact_for_few_landmarks_and_for_many_queries():
-    index = LandmarkIndex(IndexConfig(segment=1024), 1, 64)
+    index = LandmarkIndex(IndexConfig(segment=1024, ef_search=32), 1, 64)
     index.add([0], torch.randn(1, 1024, 64))
     index.wait()
     assert index.kind_for(1) == "exact"

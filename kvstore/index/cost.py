@@ -1,16 +1,16 @@
 """What searching exactly, searching graphs, and building them cost, in microseconds on a CPU.
 
 Owns the constants, measured by bench/index.py (float32, D = 64, m = 16, ef_construction = 100, one
-thread of an AVX-512 core); GRAPH_VISIT beside a model that decodes. Never looks at a clock: a
-choice that depended on one would make answers depend on it, because a graph is approximate.
+thread of an AVX-512 core, caches swept before each search). Never looks at a clock: a choice that
+depended on one would make answers depend on it, because a graph is approximate.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-FEW = 8
-"""Queries up to which codes, on one thread, are faster than all numbers, on two."""
+FEW = 16
+"""Queries up to which codes, on one thread, are as fast as all numbers on two or faster."""
 
 CODES_CALL = 35.0
 CODES_READ = 0.00008  # a landmark's number read and multiplied, for the first query
@@ -22,10 +22,9 @@ EXACT_READ = 0.00014  # the same of all numbers, for many queries
 EXACT_MULTIPLY = 0.0000105
 EXACT_SELECT = 0.0005  # a landmark's score looked at, for each query
 
-GRAPH_CALL = 15.0
-# A graph searched by one query, for each entry of the beam, after a model's step has swept it out
-# of the core's cache; 0.45 where it is still there.
-GRAPH_VISIT = 0.95
+# After other memory has been gone through: as much as a model does between two of its layers.
+GRAPH_CALL = 250.0  # and the way into the graph, which the first query reads for all
+GRAPH_VISIT = 1.4  # a graph searched by one query, for each entry of the beam
 
 BUILD = 0.55  # a landmark inserted, for each entry of the beam
 

@@ -587,6 +587,8 @@ def test_unequal_streams():
 
 def test_auto_builds_what_single_queries_have_paid_for(monkeypatch):
     monkeypatch.setattr(cost, "BUILD", 1e-3)
+    monkeypatch.setattr(cost, "GRAPH_CALL", 0.0)
+    monkeypatch.setattr(cost, "GRAPH_VISIT", 0.5)
     landmarks, query = torch.randn(8192, 128), torch.randn(1, 1, 128)
     index = LandmarkIndex(IndexConfig(segment=4096, sample=0, ef_search=64), 1, 128)
     index.add([0], landmarks[None])
@@ -604,7 +606,8 @@ def test_auto_builds_what_single_queries_have_paid_for(monkeypatch):
         assert again.stats.kind == kind
 
 
-def test_auto_prefers_exact_for_few_landmarks_and_for_many_queries():
+def test_auto_prefers_exact_for_few_landmarks_and_for_many_queries(monkeypatch):
+    monkeypatch.setattr(cost, "GRAPH_CALL", 50.0)
     index = LandmarkIndex(IndexConfig(segment=1024, ef_search=32), 1, 64)
     index.add([0], torch.randn(1, 1024, 64))
     index.wait()
@@ -616,7 +619,9 @@ def test_auto_prefers_exact_for_few_landmarks_and_for_many_queries():
     assert index.kind_for(512) == "exact"
 
 
-def test_a_fork_that_asks_for_segments_leaves_them_to_its_origin():
+def test_a_fork_that_asks_for_segments_leaves_them_to_its_origin(monkeypatch):
+    monkeypatch.setattr(cost, "GRAPH_CALL", 0.0)
+    monkeypatch.setattr(cost, "GRAPH_VISIT", 0.5)
     index = LandmarkIndex(IndexConfig(segment=4096, ef_search=64), 1, DIM)
     index.add([0], clustered(16384)[None])
     fork = index.fork()

@@ -127,10 +127,15 @@ class TimedStream(LandmarkStream):
         return out
 
     def _fetch(
-        self, q: Tensor, groups: Groups, streams: slice, local: tuple[Tensor, Tensor]
+        self,
+        q: Tensor,
+        asking: Tensor,
+        groups: Groups,
+        streams: slice,
+        local: tuple[Tensor, Tensor],
     ) -> Tensor:
         began = time.perf_counter()
-        out = super()._fetch(q, groups, streams, local)
+        out = super()._fetch(q, asking, groups, streams, local)
         self.attention_seconds += time.perf_counter() - began
         return out
 

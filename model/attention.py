@@ -81,7 +81,7 @@ def landmark_attention(
     A block's log weight is the product of the rotated query and its landmark.
     """
     if _compiled(q, keys, values, slots, landmarks, *places, *(local or ())):
-        return _attend_in_place(q[:, :, None], places, keys, values, slots, None, landmarks, local)
+        return _attend_in_place(q, places, keys, values, slots, None, landmarks, local)
     cos, sin = places
     placed = rotate(q[:, :, None], (cos[:, None], sin[:, None]))  # [S, G, M, R, D]
     gate = (placed @ landmarks[..., None])[..., 0]  # [S, G, M, R]
@@ -90,12 +90,11 @@ def landmark_attention(
 
 def _compiled(q: Tensor, keys: Tensor, values: Tensor, *others: Tensor | None) -> bool:
     """Say whether the compiled kernel does this, and sooner than PyTorch would."""
+    if q.shape[-2] > FEW or q.dtype not in _ELEMENTS or keys.dtype not in _ELEMENTS:
+        return False
     given = [t for t in (q, keys, values, *others) if t is not None]
     return (
-        q.shape[-2] <= FEW
-        and keys.dtype in _ELEMENTS
-        and q.dtype in _ELEMENTS
-        and values.dtype == keys.dtype
+        values.dtype is keys.dtype
         and keys.is_contiguous()
         and values.is_contiguous()
         and all(t.is_cpu for t in given)
@@ -104,7 +103,7 @@ def _compiled(q: Tensor, keys: Tensor, values: Tensor, *others: Tensor | None) -
 
 
 def _attend_in_place(
-    q: Tensor,  # [S, G, M or 1, R, D]
+    q: Tensor,  # [S, G, M, R, D], or one for all blocks [S, G, 1, R, D] or [S, G, R, D]
     places: tuple[Tensor, Tensor] | None,  # [M, D] each: block m sees the queries rotated so
     keys: Tensor,
     values: Tensor,
@@ -114,38 +113,43 @@ def _attend_in_place(
     local: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attend by the compiled kernel: in float32, reading the blocks where they lie."""
-    streams, groups, blocks = shape = tuple(slots.shape)
-    each, rows = q.shape[2:4]
+    streams, groups, blocks = slots.shape
     count, size, dim = keys.shape
-    if values.shape[:2] != keys.shape[:2] or each not in (1, blocks):
+    rows, width = q.shape[-2], values.shape[-1]
+    each = q.shape[2:-2]  # [M], [1] or []
+    if values.shape[:2] != (count, size) or each not in ((), (1,), (blocks,)):
         raise ValueError(f"queries {q.shape}, keys {keys.shape}, values {values.shape}")
     cos, sin = places or (None, None)
     out, lse = local or (None, None)
-    width = values.shape[2]
-    given = [
-        _floats(q, (streams, groups, each, rows, dim)),
+    exact = slots.is_cpu and slots.dtype is torch.int64
+    # No call of PyTorch's without need: while a token is decoded each takes longer than a block.
+    given = (
+        _floats(q, (streams, groups, *each, rows, dim)),
         _floats(cos, (blocks, dim)),
         _floats(sin, (blocks, dim)),
         keys,
         values,
-        slots.to("cpu", torch.int64).contiguous(),
-        _floats(gate, (*shape, rows)),
-        _floats(landmarks, (*shape, dim)),
+        (slots if exact else slots.to("cpu", torch.int64)).contiguous(),
+        _floats(gate, (streams, groups, blocks, rows)),
+        _floats(landmarks, (streams, groups, blocks, dim)),
         _floats(out, (streams, groups, rows, width)),
         _floats(lse, (streams, groups, rows)),
-    ]
+    )
     results = (
         torch.empty(streams, groups, rows, width),
         torch.empty(streams, groups, rows),
-        torch.empty(*shape, rows),
+        torch.empty(streams, groups, blocks, rows),
     )
     _native.attend(
-        (*shape, rows),
+        (streams, groups, blocks, rows),
         (count, size, dim, width),
         _ELEMENTS[keys.dtype],
-        each > 1,
-        *(0 if t is None else t.data_ptr() for t in (*given, *results)),
+        each == (blocks,),
+        *[0 if t is None else t.data_ptr() for t in given],
+        *[t.data_ptr() for t in results],
     )
+    if q.dtype is torch.float32:
+        return results
     out, lse, weights = (t.to(q.dtype) for t in results)
     return out, lse, weights
 
@@ -156,7 +160,7 @@ def _floats(x: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
         return None
     if x.shape != shape:
         raise ValueError(f"a tensor of shape {tuple(x.shape)} where {shape} belongs")
-    return x.to(torch.float32).contiguous()
+    return (x if x.dtype is torch.float32 else x.to(torch.float32)).contiguous()
 
 
 def window_attention(

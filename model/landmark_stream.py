@@ -7,11 +7,11 @@ layers.py, the bytes are the store's.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kvstore.block import BlockSpec
@@ -88,9 +88,16 @@ class LandmarkStream(Stream):
             raise ValueError(
                 f"segment {retrieval.segment} must divide the block size {config.block_size}"
             )
-        furthest = retrieval.near + retrieval.top_k + 1
-        back = torch.arange(furthest + 1, device=self.device) * (config.block_size + 1)
-        self._shifts = self.model.rotary.table(back, torch.float32)  # [furthest + 1, D]
+        table, stride = self.model.rotary.table, config.block_size + 1
+        back = stride * torch.arange(1, retrieval.near + retrieval.top_k + 1, device=self.device)
+        self._shifts = table(back, torch.float32)  # [near + top_k, D]
+        # What turns a block's P places: queries, keys, and the queries of the search, to which all
+        # older blocks lie where the first behind the near ones does.
+        own = torch.arange(stride, device=self.device)
+        turns = [table(p, torch.float32) for p in (own, own, own + stride * (retrieval.near + 1))]
+        scale = torch.tensor([config.head_dim**-0.5, 1.0, config.head_dim**-0.5])
+        scale = scale.to(self.device).view(3, 1, 1, 1, 1)
+        self._turns = tuple(scale * torch.stack(t)[:, None, None] for t in zip(*turns, strict=True))
 
     def _resume(self, state: dict[str, Tensor]) -> None:
         pass
@@ -121,11 +128,6 @@ class LandmarkStream(Stream):
             self._last_ids = []
         return x[:, : rows.tokens].flatten(0, 1)
 
-    def _behind(self, blocks: slice) -> tuple[Tensor, Tensor]:
-        """Rotations of a query by so many blocks back, [blocks, D]."""
-        cos, sin = self._shifts
-        return cos[blocks], sin[blocks]
-
     def _retrieving(
         self, attention: LandmarkAttention, x: Tensor, groups: Groups, layer: int
     ) -> Tensor:
@@ -133,8 +135,8 @@ class LandmarkStream(Stream):
         heads = config.heads
         streams = slice(layer * heads, (layer + 1) * heads)
         q, k, v = (t.float() for t in attention.project(x))  # [H, N, R, D]
-        q = q * config.head_dim**-0.5
-        q, k = rotate(torch.stack((q, k)), self._in_block(rows))  # from the own block's start
+        cos, sin = (t[..., rows.places, :] for t in self._turns)
+        q, k, asking = rotate(torch.stack((q, k, q)), (cos, sin))  # from the own block's start
         own_k, own_v = k[..., : rows.tokens, :], v[..., : rows.tokens, :]
         planes = [
             t.flatten(1, 2).to(plane.dtype)
@@ -148,66 +150,76 @@ class LandmarkStream(Stream):
         self.context.append(streams, planes, landmarks)
         q = groups.gather(q)  # [H, G, R', D]
         local = window_attention(q, groups.of_block(own_k), groups.of_block(own_v), groups.seen)
-        out = self._fetch(q, groups, streams, local)
+        out = self._fetch(q, groups.gather(asking), groups, streams, local)
         return attention.out(merge_heads(groups.scatter(out)))
 
     def _fetch(
-        self, q: Tensor, groups: Groups, streams: slice, local: tuple[Tensor, Tensor]
-    ) -> Tensor:
-        """Merge what the past says to queries q [H, G, R, D] into the local output."""
-        blocks = self._select(q, groups, streams)  # [H, G, M]
+        self,
+        q: Tensor,  # [H, G, R', D]
+        asking: Tensor,  # [H, G, R', D] the same, placed for the search
+        groups: Groups,
+        streams: slice,
+        local: tuple[Tensor, Tensor],
+    ) -> Tensor:  # [H, G, R', D]
+        """Merge what the past says to the queries into the local output."""
+        blocks = self._select(asking, groups, streams)  # [H, G, M]
         some_absent = groups.rows.first < blocks.shape[-1]
         if some_absent and (blocks < 0).all():
             return local[0]
-        landmarks = self.context.index.gather(streams, blocks)  # [H, G, M, D]
-        places = self._behind(slice(1, blocks.shape[-1] + 1))
-        numbers = blocks.cpu().numpy()
-        ids = self.context.ids(streams, numbers.clip(min=0) if some_absent else numbers)
+        landmarks = self.context.index.gather(streams, torch.from_numpy(blocks))  # [H, G, M, D]
+        cos, sin = (t[: blocks.shape[-1]] for t in self._shifts)
+        ids = self.context.ids(streams, blocks.clip(min=0) if some_absent else blocks)
         if some_absent:
             # There the kernel looks at none; ask for one that is asked for anyway.
-            ids = np.where(numbers < 0, ids.flat[numbers.argmax()], ids)
+            ids = np.where(blocks < 0, ids.flat[blocks.argmax()], ids)
         self._last_ids.append(ids)
         keys, values = self.store.hot_planes
-        waves: Iterable[slice] = [slice(None)]  # one group's blocks must fit together
+        waves = [slice(None)]  # one group's blocks must fit together
         if ids.shape[1] > 1:
-            waves = self.store.waves(ids.swapaxes(0, 1).reshape(ids.shape[1], -1))  # [G, H * M]
+            by_group = ids.swapaxes(0, 1).reshape(ids.shape[1], -1)  # [G, H * M]
+            waves = list(self.store.waves(by_group))
         parts: list[Tensor] = []
         for part in waves:
+            given = [q, landmarks, *local]
+            if len(waves) > 1:
+                given = [t[:, part] for t in given]
+            some_q, some_landmarks, *some_local = given
             with self.store.pinned(ids[:, part]) as pin:
-                slots = torch.from_numpy(pin.slots).to(self.device)
-                if some_absent:
-                    slots = slots.masked_fill(blocks[:, part] < 0, -1)
+                slots = np.where(blocks[:, part] < 0, -1, pin.slots) if some_absent else pin.slots
                 out, _, weights = landmark_attention(
-                    q[:, part],
-                    places,
-                    landmarks[:, part],
+                    some_q,
+                    (cos, sin),
+                    some_landmarks,
                     keys,
                     values,
-                    slots,
-                    (local[0][:, part], local[1][:, part]),
+                    torch.from_numpy(slots).to(self.device),
+                    (some_local[0], some_local[1]),
                 )
                 pin.weigh(weights.mean(dim=-1))
                 parts.append(out)
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
-    def _select(self, q: Tensor, groups: Groups, streams: slice) -> Tensor:
-        """Choose each group's blocks: numbers [H, G, M], the m-th to be placed m blocks back.
+    def _select(
+        self,
+        asking: Tensor,  # [H, G, R', D]
+        groups: Groups,
+        streams: slice,
+    ) -> NDArray[np.int64]:  # [H, G, M]
+        """Choose each group's blocks by number, the m-th to be placed m blocks back.
 
         The near ones come first, then those found, each kind youngest first. -1: none.
         """
-        r, (heads, count) = self.retrieval, q.shape[:2]
-        recent = groups.recent.expand(heads, count, groups.recent.shape[-1])
+        r = self.retrieval
+        recent = groups.recent[None].repeat(len(asking), axis=0)
         if not r.search or r.top_k == 0 or groups.last <= r.near:
             return recent
-        query = q[:, :, 0]  # [H, G, D]
-        if groups.shared > 1:
-            query = q[:, :, : groups.shared].mean(dim=2)
-        query = rotate(query, self._behind(slice(r.near + 1, r.near + 2)))
+        query = asking[:, :, : groups.shared].mean(dim=2) if groups.shared > 1 else asking[:, :, 0]
         most = min(r.top_k, groups.last - r.near)  # there are no more
         found, scores = self.context.index.search(streams, query, most, before=groups.limit)
         if r.share_heads:
             found = _best_of_heads(found, scores)
-        return torch.cat((recent, found.sort(dim=-1, descending=True).values), dim=-1)
+        youngest_first = np.sort(found.cpu().numpy(), axis=-1)[..., ::-1]
+        return np.concatenate((recent, youngest_first), axis=-1)
 
 
 def _best_of_heads(blocks: Tensor, scores: Tensor) -> Tensor:
@@ -233,8 +245,8 @@ class Groups:
     tokens and the landmark's row, which counts only in the block's last group. A piece inside
     one block has a group a row.
 
-    last: the greatest number of a block; recent: [G, near] (or [G, near + top_k] where nothing is
-    searched), the numbers of the blocks before each group's own, -1: none; limit:
+    last: the greatest number of a block; recent: int64 [G, near] (or [G, near + top_k] where
+    nothing is searched), the numbers of the blocks before each group's own, -1: none; limit:
     [G], or one for all, blocks below it are older; seen: bool [G, R', T], tokens of the own block
     that a row sees, None: all; shared: rows whose mean query selects.
     """
@@ -249,23 +261,22 @@ class Groups:
             landmark = place[-1:].expand(per_block, 1)
             self._take = torch.cat((tokens, landmark), dim=1)  # [per_block, segment + 1]
             places = self._take.repeat(rows.blocks, 1)
-            self._block = torch.arange(rows.blocks, device=device).repeat_interleave(per_block)
-            number = self._block + rows.first
+            block = np.arange(rows.blocks).repeat(per_block)
+            self._block = torch.from_numpy(block).to(device)
+            number = block + rows.first
             self.shared = segment
         else:
             places = place[:, None]
-            number = torch.full_like(place, rows.first)
+            number = np.full(len(place), rows.first)
             self.shared = 1
         self.last = rows.first + rows.blocks - 1
         known = torch.arange(min(rows.stop, rows.block_size), device=device)
         # The only row of a piece comes last and sees all.
         self.seen = known <= places[:, :, None] if rows.stop - rows.start > 1 else None
         near = retrieval.near + (0 if retrieval.search else retrieval.top_k)
-        back = torch.arange(1, near + 1, device=device)
-        self.recent = (number[:, None] - back).clamp(min=-1)
-        self.limit: Tensor | int = max(0, rows.first - near)
-        if rows.whole:
-            self.limit = (number - near).clamp(min=0)
+        self.recent = (number[:, None] - np.arange(1, near + 1)).clip(min=-1)
+        limit = (number - near).clip(min=0)
+        self.limit = limit if rows.whole else int(limit[0])
 
     def of_block(self, x: Tensor) -> Tensor:
         """[H, N, T, D] -> [H, G, T, D], or what broadcasts to it."""

@@ -368,6 +368,17 @@ def test_every_number_of_a_dtype_is_read_right(dtype: torch.dtype) -> None:
     assert float(lse) == 1
 
 
+def test_exponentials_are_as_good_as_float32() -> None:
+    """The second of two tokens has the weight e^-x / (1 + e^-x), and its value is one."""
+    x = torch.cat((torch.linspace(0, 2, 5000), torch.linspace(2, 80, 5000)))
+    keys = torch.stack((torch.zeros_like(x), -x), dim=1)[..., None]  # [n, 2, 1]
+    values = torch.tensor([0.0, 1.0]).expand(len(x), 2)[..., None].contiguous()
+    slots = torch.arange(len(x)).view(-1, 1, 1)
+    out, _, _ = block_attention(torch.ones(len(x), 1, 1, 1, 1), keys, values, slots, None, None)
+    truth = torch.sigmoid(-x.double())
+    assert (((out.flatten() - truth) / truth).abs() < (4 + x) * 2**-24).all()
+
+
 @pytest.mark.parametrize("beyond", [23, 24, 2**62])
 @pytest.mark.parametrize("rows", [1, FEW + 1])
 def test_a_slot_beyond_the_slab_is_an_error(beyond: int, rows: int) -> None:

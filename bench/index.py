@@ -196,9 +196,12 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     for colour, batch in enumerate(sorted({row["batch"] for row in rows})):
         some = [row for row in rows if row["batch"] == batch]
         for way, style in (("exact", "-"), ("hnsw", "--")):
+            # Fewer landmarks than a segment has are searched exactly either way.
+            least = 0 if way == "exact" else IndexConfig.segment
+            shown = [row for row in some if row["landmarks"] >= least]
             axes.loglog(
-                [row["landmarks"] for row in some],
-                [row[f"{way}_us"] for row in some],
+                [row["landmarks"] for row in shown],
+                [row[f"{way}_us"] for row in shown],
                 style,
                 marker="o",
                 color=f"C{colour}",

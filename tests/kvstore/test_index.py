@@ -189,7 +189,9 @@ def check_best(landmarks, query, k, start, stop, numbers, scores):
 @settings(max_examples=300, deadline=None)
 @given(
     kind=st.sampled_from(KINDS),
-    asked=st.sampled_from(["random", "along", "against", "zeros", "tiny", "large", "one"]),
+    asked=st.sampled_from(
+        ["random", "along", "against", "positive", "zeros", "tiny", "large", "one"]
+    ),
     n=st.integers(1, 700) | st.integers(700, 3000),
     dim=st.integers(1, 130) | st.sampled_from([4, 16, 64, 128]),
     k=st.integers(1, 20) | st.sampled_from([64, 300]),
@@ -207,6 +209,8 @@ def test_codes_lose_nothing(kind, asked, n, dim, k, cuts, start, beyond, plain, 
         row = landmarks[generator.integers(0, n)].astype(np.float64)
         query = row / (np.abs(row).max() or 1) * (1 if asked == "along" else -1)
     query = query * {"zeros": 0, "tiny": 1e-40, "large": 1e25}.get(asked, 1)
+    if asked == "positive":
+        query = np.abs(query)
     if asked == "one":
         query *= np.arange(dim) == generator.integers(0, dim)
     query = query.astype(np.float32)
@@ -255,6 +259,38 @@ def test_codes_that_mislead_lose_nothing(rounded, plain):
     )
     assert set(numbers[0, 0].tolist()) <= set(winners.tolist())
     check_best(landmarks, query, k, 0, 2 * n, numbers[0, 0], scores[0, 0])
+
+
+def test_what_pages_have_in_common_is_not_left_out(monkeypatch):
+    monkeypatch.setattr(pages, "SMALLEST", 0)  # each fork keeps what was there in its page
+    generator = np.random.default_rng(2)
+    centres = np.repeat([[-5.0], [5.0], [-3.0]], 300, axis=0)
+    landmarks = (centres + 0.1 * generator.normal(size=(900, 16))).astype(np.float32)
+    held = pages.LandmarkPages(1, 16, torch.device("cpu"))
+    for part in torch.from_numpy(landmarks).split(300):
+        held = held.fork()
+        held.append(0, part)
+    assert len(held.codes) > 1
+    for sign in (1, -1):
+        query = np.full(16, sign, np.float32)
+        numbers, scores = _native.top_k(
+            held.codes, [0], held.counts, query.ctypes.data, 1, 16, 4, None, 0
+        )
+        check_best(landmarks, query, 4, 0, 900, numbers[0, 0], scores[0, 0])
+
+
+def test_scores_that_float32_makes_equal_are_all_looked_at():
+    generator = np.random.default_rng(3)
+    landmarks = (2.0**22 + generator.integers(0, 4, (2000, 16))).astype(np.float32)
+    held = pages.LandmarkPages(1, 16, torch.device("cpu"))
+    held.append(0, torch.from_numpy(landmarks))
+    query = np.ones(16, np.float32)
+    numbers, scores = _native.top_k(
+        held.codes, [0], held.counts, query.ctypes.data, 1, 16, 8, None, 0
+    )
+    want, want_scores = best(landmarks, query, 8, 0, 2000)
+    assert numbers[0, 0].tolist() == want.tolist()
+    assert scores[0, 0].tolist() == want_scores.tolist()
 
 
 def test_codes_leave_few_to_be_scored():

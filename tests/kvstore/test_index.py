@@ -261,6 +261,22 @@ def test_codes_that_mislead_lose_nothing(rounded, plain):
     check_best(landmarks, query, k, 0, 2 * n, numbers[0, 0], scores[0, 0])
 
 
+@pytest.mark.parametrize("plain", [False, True])
+def test_a_small_landmark_wins_over_large_ones_that_cancel_out(plain):
+    generator = np.random.default_rng(4)
+    landmarks = generator.permuted(np.tile([127.0, -127.0], (1024, 32)), axis=1)
+    landmarks = np.concatenate((landmarks, -landmarks)).astype(np.float32)
+    winners = generator.choice(2048, 12, replace=False)
+    landmarks[winners] = 0.5
+    held = pages.LandmarkPages(1, 64, torch.device("cpu"))
+    held.append(0, torch.from_numpy(landmarks))
+    query = np.ones(64, np.float32)
+    numbers, _ = _native.top_k(
+        held.codes, [0], held.counts, query.ctypes.data, 1, 64, 4, None, 0, plain
+    )
+    assert numbers[0, 0].tolist() == sorted(winners.tolist())[:4]
+
+
 def test_what_pages_have_in_common_is_not_left_out(monkeypatch):
     monkeypatch.setattr(pages, "SMALLEST", 0)  # each fork keeps what was there in its page
     generator = np.random.default_rng(2)

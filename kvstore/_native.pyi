@@ -73,11 +73,11 @@ def make_frames(
     tops: Any,
     skip: int,
     zstd_header: bytes,
-    hash: Callable[[memoryview], int],
+    hash: Callable[[Any], int],
 ) -> list[bytes]: ...
 def open_frames(
-    frames: list[bytes | memoryview], ids: Int64s, common: bytes
-) -> tuple[list[int], list[memoryview], list[memoryview]] | None: ...
+    frames: list[bytes | memoryview], ids: Int64s, common: bytes, hash: Callable[[Any], int]
+) -> list[memoryview] | None: ...
 def cut_frames(
     packs: list[bytes | memoryview], which: list[int], places: Int64s
 ) -> list[memoryview] | None: ...

@@ -172,17 +172,15 @@ class Codec:
         if len(frames) != len(ids):
             raise ValueError(f"{len(ids)} ids for {len(frames)} frames")
         frames = list(frames)
-        opened = _native.open_frames(frames, ids, self._common)
-        if opened is None:
-            raise self._damaged(ids, frames)
-        promised, bodies, payloads = opened
         for start in range(0, len(ids), self._group):
             group = slice(start, start + self._group)
             # Just before they are decompressed: this brings the frames into the cache.
-            found = [xxhash.xxh3_64_intdigest(body) for body in bodies[group]]
-            if found != promised[group]:
+            payloads = _native.open_frames(
+                frames[group], ids[group], self._common, xxhash.xxh3_64_intdigest
+            )
+            if payloads is None:
                 raise self._damaged(ids[group], frames[group])
-            yield group, self._decompress(ids[group], payloads[group])
+            yield group, self._decompress(ids[group], payloads)
 
     def _check_arrays(
         self,

@@ -209,7 +209,7 @@ class Mover:
     def _make_hot_room(self, n: int) -> tuple[Slots, Slots]:
         """Empty n hot slots; the caller knows that so many are not pinned.
 
-        Returns empty slots, ascending, and those that could not be emptied because their blocks
+        Returns empty slots and those that could not be emptied because their blocks
         have no other copy and no room in warm. Both have left the eviction order.
         """
         free = self.hot.take_free(n)
@@ -223,9 +223,8 @@ class Mover:
             )
         stuck = self._evict(victims)
         if stuck is not None:
-            return np.sort(np.concatenate((free, victims[~stuck]))), victims[stuck]
-        # Blocks that came together often leave together, and then their slots lie in a row.
-        return np.sort(np.concatenate((free, victims)) if len(free) else victims), _NONE
+            return np.concatenate((free, victims[~stuck])), victims[stuck]
+        return (np.concatenate((free, victims)) if len(free) else victims), _NONE
 
     def _evict(self, victims: Slots) -> NDArray[np.bool_] | None:
         """Empty hot slots. Returns which could not be, bool like victims; None where all were."""

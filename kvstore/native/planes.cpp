@@ -217,16 +217,17 @@ py::object slice(const py::handle& object, std::size_t first, std::size_t last) 
     return object[py::slice(first, last, 1)];
 }
 
-// What each frame is made of: the checksum that it promises, its first 8 bytes; what that is of; and
-// the payload. None unless each goes on with its block's id (8 bytes), what all have in common and
-// the size of the payload (4 bytes).
-py::object open_frames(const py::list& frames, const Int64s& ids, const py::bytes& common) {
+// The payload of each frame. None unless each begins with the checksum, by `hash`, of all that
+// follows (8 bytes): its block's id (8 bytes), what all have in common, the size of the payload (4
+// bytes) and the payload.
+py::object open_frames(const py::list& frames, const Int64s& ids, const py::bytes& common,
+                       const py::function& hash) {
     if (ids.size() != static_cast<py::ssize_t>(frames.size())) {
         throw py::value_error("frames and ids differ in number");
     }
     const std::string_view shared = common;
     const std::size_t end = 16 + shared.size() + 4;
-    py::list promised(frames.size()), bodies(frames.size()), payloads(frames.size());
+    py::list payloads(frames.size());
     for (std::size_t i = 0; i < frames.size(); i++) {
         const py::memoryview whole(frames[i]);  // slices of it copy nothing
         const View frame(whole);
@@ -237,13 +238,12 @@ py::object open_frames(const py::list& frames, const Int64s& ids, const py::byte
             !same(head + end - 4, static_cast<std::uint32_t>(frame.size() - end))) {
             return py::none();
         }
-        std::uint64_t checksum;
-        std::memcpy(&checksum, head, sizeof checksum);
-        promised[i] = py::int_(checksum);
-        bodies[i] = slice(whole, 8, frame.size());
+        // A view that is gone at once: hundreds that stay would wake Python's garbage collector.
+        const py::object checksum = hash(slice(whole, 8, frame.size()));
+        if (!same(head, py::cast<std::uint64_t>(checksum))) return py::none();
         payloads[i] = slice(whole, end, frame.size());
     }
-    return py::make_tuple(promised, bodies, payloads);
+    return std::move(payloads);
 }
 
 // The frames at these places of a table in front of packs (kvstore/tiers/pack.py): an entry of 4
@@ -276,7 +276,8 @@ void bind_planes(py::module_& module) {
     module.def("make_frames", &make_frames, given("ids"), given("common"), given("blocks"),
                py::arg("raw"), given("tops"), py::arg("skip"), given("zstd_header"),
                py::arg("hash"));
-    module.def("open_frames", &open_frames, given("frames"), given("ids"), given("common"));
+    module.def("open_frames", &open_frames, given("frames"), given("ids"), given("common"),
+               py::arg("hash"));
     module.def("cut_frames", &cut_frames, given("packs"), given("which"), given("places"));
 }
 

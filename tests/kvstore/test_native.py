@@ -186,4 +186,4 @@ def test_frames_are_cut_where_the_table_says_and_never_beyond():
     assert _native.cut_frames([b""], [0], int64([0])) is None
     with pytest.raises(IndexError):
         _native.cut_frames([pack], [1], int64([0]))
-    assert _native.open_frames([b"short"], int64([0]), b"common") is None
+    assert _native.open_frames([b"short"], int64([0]), b"common", hash) is None

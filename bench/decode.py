@@ -61,12 +61,12 @@ def kernel(device: str, block_size: int, head_dim: int, n: int) -> dict[str, Any
         keys, values = store.hot_planes
         chosen = ids[np.random.default_rng(0).permutation(kept)[: heads * blocks]]
         chosen = chosen.reshape(heads, 1, blocks)
-        q = torch.randn(heads, 1, 1, 1, head_dim, dtype=torch.bfloat16, device=device)
+        q = torch.randn(heads, 1, 1, 1, head_dim, device=device)
         q *= head_dim**-0.5
         gate = torch.zeros(heads, 1, blocks, 1, device=device)
         with store.pinned(chosen) as pin:
             slots = torch.from_numpy(pin.slots).to(device).flatten()
-        flat = q.view(1, heads, 1, head_dim)
+        flat = q.view(1, heads, 1, head_dim).to(torch.bfloat16)  # SDPA wants all alike
         layout = (1, heads, blocks * block_size, head_dim)
         near_k, near_v = (p.index_select(0, slots).view(layout) for p in (keys, values))
 

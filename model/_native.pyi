@@ -1,3 +1,6 @@
+import numpy as np
+from numpy.typing import NDArray
+
 def attend(
     shape: tuple[int, int, int, int],  # S, G, M, R
     slab: tuple[int, int, int, int],  # slots, B, D, Dv
@@ -13,7 +16,6 @@ def attend(
     landmarks: int,
     local_out: int,
     local_lse: int,
-    out: int,
-    lse: int,
-    weights: int,
-) -> None: ...
+) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
+    # output [S, G, R, Dv], log-sum-exp [S, G, R], weights [S, G, M, R]
+    ...

@@ -135,22 +135,16 @@ def _attend_in_place(
         _floats(out, (streams, groups, rows, width)),
         _floats(lse, (streams, groups, rows)),
     )
-    results = (
-        torch.empty(streams, groups, rows, width),
-        torch.empty(streams, groups, rows),
-        torch.empty(streams, groups, blocks, rows),
-    )
-    _native.attend(
+    results = _native.attend(
         (streams, groups, blocks, rows),
         (count, size, dim, width),
         _ELEMENTS[keys.dtype],
         each == (blocks,),
         *[0 if t is None else t.data_ptr() for t in given],
-        *[t.data_ptr() for t in results],
     )
-    if q.dtype is torch.float32:
-        return results
-    out, lse, weights = (t.to(q.dtype) for t in results)
+    out, lse, weights = (torch.from_numpy(array) for array in results)
+    if q.dtype is not torch.float32:
+        out, lse, weights = (t.to(q.dtype) for t in (out, lse, weights))
     return out, lse, weights
 
 

@@ -195,7 +195,7 @@ class LandmarkStream(Stream):
                     torch.from_numpy(slots).to(self.device),
                     (some_local[0], some_local[1]),
                 )
-                pin.weigh(weights.mean(dim=-1))
+                pin.weigh(weights.mean(dim=-1) if weights.shape[-1] > 1 else weights[..., 0])
                 parts.append(out)
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 

@@ -1,9 +1,11 @@
 // model._native: what would take PyTorch most of its time. Checks numbers; the work is elsewhere.
+#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <array>
 #include <string>
+#include <tuple>
 
 #include "attention.h"
 
@@ -13,12 +15,13 @@ namespace model {
 namespace {
 
 using Shape = std::array<std::int64_t, 4>;
+using Floats = py::array_t<float>;
 using Address = std::uintptr_t;  // of a contiguous array that outlives the call; 0: none
 
-void attend_checked(const Shape& shape, const Shape& slab, int element, bool each_placed,
-                    Address q, Address cos, Address sin, Address keys, Address values,
-                    Address slots, Address gate, Address landmarks, Address local_out,
-                    Address local_lse, Address out, Address lse, Address weights) {
+std::tuple<Floats, Floats, Floats> attend_checked(
+    const Shape& shape, const Shape& slab, int element, bool each_placed, Address q, Address cos,
+    Address sin, Address keys, Address values, Address slots, Address gate, Address landmarks,
+    Address local_out, Address local_lse) {
     const auto floats = [](Address at) { return reinterpret_cast<float*>(at); };
     Attention a;
     a.streams = shape[0], a.groups = shape[1], a.blocks = shape[2], a.rows = shape[3];
@@ -29,21 +32,28 @@ void attend_checked(const Shape& shape, const Shape& slab, int element, bool eac
     a.slots = reinterpret_cast<std::int64_t*>(slots);
     a.gate = floats(gate), a.landmarks = floats(landmarks);
     a.local_out = floats(local_out), a.local_lse = floats(local_lse);
-    a.out = floats(out), a.lse = floats(lse), a.weights = floats(weights);
     if (element < 0 || element > 2) throw py::value_error("no such element");
     for (const Shape& sizes : {shape, slab}) {
         for (const std::int64_t n : sizes) {
             if (n < 0) throw py::value_error("a negative size");
         }
     }
+    if (a.size == 0) throw py::value_error("blocks without tokens");
     const std::int64_t n = a.streams * a.groups * a.blocks;
     for (std::int64_t i = 0; i < n; i++) {
         if (a.slots[i] >= a.slab) {
             throw py::index_error("there is no slot " + std::to_string(a.slots[i]));
         }
     }
-    py::gil_scoped_release release;
-    attend(a);
+    Floats out({a.streams, a.groups, a.rows, a.out_dim});
+    Floats lse({a.streams, a.groups, a.rows});
+    Floats weights({a.streams, a.groups, a.blocks, a.rows});
+    a.out = out.mutable_data(), a.lse = lse.mutable_data(), a.weights = weights.mutable_data();
+    {
+        py::gil_scoped_release release;
+        attend(a);
+    }
+    return {out, lse, weights};
 }
 
 }  // namespace

@@ -15,7 +15,7 @@
 #define INLINE __attribute__((always_inline)) inline
 
 #if defined(__GNUC__) && !defined(__clang__)
-// Vectors are handed over in memory or not at all, as everything here is INLINE.
+// How vectors are handed over and returned does not matter: everything here is INLINE.
 #pragma GCC diagnostic ignored "-Wpsabi"
 #endif
 
@@ -58,7 +58,7 @@ INLINE Floats load(const float* from) {
     return x;
 }
 
-INLINE void store(float* to, Floats x) { std::memcpy(to, &x, sizeof(x)); }
+INLINE void store(float* to, const Floats& x) { std::memcpy(to, &x, sizeof(x)); }
 
 INLINE Words load_words(const void* from) {
     Words x;
@@ -66,7 +66,7 @@ INLINE Words load_words(const void* from) {
     return x;
 }
 
-INLINE Floats float_of_half(Words x) {
+INLINE Floats float_of_half(const Words& x) {
     const Words sign = (x & 0x8000) << 16;
     Words rest = (x & 0x7fff) << 13;
     rest |= (Words)((x & 0x7c00) == 0x7c00) & 0x7f800000;  // infinities and NaNs
@@ -123,22 +123,22 @@ INLINE void put_in_order(const float* from, float* to, std::int64_t n) {
     }
 }
 
-INLINE Floats greater(Floats a, Floats b) { return a > b ? a : b; }
+INLINE Floats greater(const Floats& a, const Floats& b) { return a > b ? a : b; }
 
 // The sum of the four quarters of a vector.
-INLINE Quarters folded(Floats x) {
+INLINE Quarters folded(const Floats& x) {
     const auto half = __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7) +
                       __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
     return __builtin_shufflevector(half, half, 0, 1, 2, 3) +
            __builtin_shufflevector(half, half, 4, 5, 6, 7);
 }
 
-INLINE float sum(Floats x) {
+INLINE float sum(const Floats& x) {
     const Quarters q = folded(x);
     return (q[0] + q[1]) + (q[2] + q[3]);
 }
 
-INLINE float greatest(Floats x) {
+INLINE float greatest(const Floats& x) {
     float top = x[0];
     for (int i = 1; i < LANES; i++) top = x[i] > top ? x[i] : top;
     return top;
@@ -147,7 +147,7 @@ INLINE float greatest(Floats x) {
 // e^x for x <= 0, as 2^n 2^f with f in [-1/2, 1/2] and a Taylor polynomial for the latter. What
 // x log2(e) is rounded by grows with x as e^x falls: the error is always less than 2^-23, and
 // relative to e^x less than |x| 2^-23 + 2^-22. Below -87 it is zero. NaN stays NaN.
-INLINE Floats exp_of_negative(Floats x) {
+INLINE Floats exp_of_negative(const Floats& x) {
     constexpr float MAGIC = 0x1.8p23f;  // added, it leaves the nearest integer in the last bits
     const Floats y = x * 1.44269504088896341f;
     const Integers n = bits_as<Integers>(y + MAGIC) - bits_as<std::int32_t>(MAGIC);

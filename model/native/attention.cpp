@@ -52,13 +52,13 @@ INLINE void dots(const float* q, const T* k, std::int64_t dim, float* scores) {
     for (; d + PAIR <= dim; d += PAIR) add(d, [](const T* at) { return load_pair(at); });
     if (d < dim) add(d, [&](const T* at) { return load_some(at, dim - d); });
     if constexpr (N == 4) {
-        const Quarters a = folded(sums[0]), b = folded(sums[1]);
-        const Quarters c = folded(sums[2]), d = folded(sums[3]);
-        const Quarters ab = __builtin_shufflevector(a, b, 0, 4, 1, 5) +
+        const Quad a = folded(sums[0]), b = folded(sums[1]);
+        const Quad c = folded(sums[2]), d = folded(sums[3]);
+        const Quad ab = __builtin_shufflevector(a, b, 0, 4, 1, 5) +
                             __builtin_shufflevector(a, b, 2, 6, 3, 7);  // a, b, a, b
-        const Quarters cd = __builtin_shufflevector(c, d, 0, 4, 1, 5) +
+        const Quad cd = __builtin_shufflevector(c, d, 0, 4, 1, 5) +
                             __builtin_shufflevector(c, d, 2, 6, 3, 7);
-        const Quarters all = __builtin_shufflevector(ab, cd, 0, 1, 4, 5) +
+        const Quad all = __builtin_shufflevector(ab, cd, 0, 1, 4, 5) +
                              __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
         std::memcpy(scores, &all, sizeof(all));
     } else {
@@ -95,27 +95,21 @@ INLINE void scored(const float* q, const T* k, std::int64_t size, std::int64_t d
 template <int N, class T, class Load>
 INLINE void add_columns(float factor, const float* shares, const T* v, std::int64_t size,
                         std::int64_t stride, Ahead& next, float* out, const Load& load_v) {
-    Floats first[2 * N] = {}, second[2 * N] = {};  // of even and odd tokens: a sum takes a while
-    const auto add = [&](int of, std::int64_t j) {
+    Floats first[N] = {}, second[N] = {};
+    for (std::int64_t j = 0; j < size; j++) {
+        next.ask(stride * std::int64_t{sizeof(T)});
 #pragma GCC unroll 4
         for (int i = 0; i < N; i++) {
             const Pair x = load_v(v + j * stride + i * PAIR);
-            first[of * N + i] += shares[j] * x.first;
-            second[of * N + i] += shares[j] * x.second;
+            first[i] += shares[j] * x.first;
+            second[i] += shares[j] * x.second;
         }
-    };
-    std::int64_t j = 0;
-    for (; j + 2 <= size; j += 2) {
-        next.ask(2 * stride * std::int64_t{sizeof(T)});
-        add(0, j);
-        add(1, j + 1);
     }
-    if (j < size) add(0, j);
 #pragma GCC unroll 4
     for (int i = 0; i < N; i++) {
         float* to = out + i * PAIR;
-        store(to, load(to) + factor * (first[i] + first[N + i]));
-        store(to + LANES, load(to + LANES) + factor * (second[i] + second[N + i]));
+        store(to, load(to) + factor * first[i]);
+        store(to + LANES, load(to + LANES) + factor * second[i]);
     }
 }
 
@@ -123,7 +117,7 @@ INLINE void add_columns(float factor, const float* shares, const T* v, std::int6
 template <class T>
 INLINE void add_values(float factor, const float* shares, const T* v, std::int64_t size,
                        std::int64_t dim, Ahead& next, float* out) {
-    constexpr int AT_ONCE = 2;
+    constexpr int AT_ONCE = 4;  // eight sums: each addition waits for the last to the same
     const auto whole = [](const T* at) { return load_pair(at); };
     std::int64_t d = 0;
     for (; d + AT_ONCE * PAIR <= dim; d += AT_ONCE * PAIR) {

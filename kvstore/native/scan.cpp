@@ -10,8 +10,10 @@
 #if defined(__x86_64__) && defined(__GNUC__)
 #define KVSTORE_VNNI 1
 // GCC 12 takes what its own headers leave undefined for a mistake.
+#ifndef __clang__
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
 #include <immintrin.h>
 #endif
 

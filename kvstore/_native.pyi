@@ -53,7 +53,16 @@ def find_tiers(
 ) -> tuple[Int64s, Bytes, tuple[int, int, int, int]]: ...  # distinct ids, tiers, how many in each
 def split(ids: Int64s, table: Int32s) -> tuple[Int64s, Int64s, Int64s]: ...
 def arrive(ids: Int64s, slots: Int64s, block: Int64s, table: Int32s) -> None: ...
-def leave(slots: Int64s, block: Int64s, table: Int32s) -> Int64s: ...  # ids
+def leave(
+    slots: Int64s, block: Int64s, table: Int32s, spare: Bools, sole: Bools
+) -> Int64s: ...  # ids
+def mark_sole(ids: Int64s, slots: Int64s, cold: Int64s, sole: Bools) -> None: ...
+def sum_by_slot(
+    slots: Int64s, weights: NDArray[np.float32], place: Int64s
+) -> tuple[Int64s, NDArray[np.float32]]: ...  # distinct slots, their sums
+def find_ids(
+    streams: list[int], blocks: Int64s, counts: Int64s, runs: list[tuple[Int64s, Int64s]]
+) -> Int64s | None: ...
 def sort_victims(
     slots: Int64s, block: Int64s, warm: Int32s, cold: Int64s
 ) -> tuple[Int64s, tuple[Int64s, Int64s], tuple[Int64s, Int64s]]: ...

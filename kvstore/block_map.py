@@ -14,6 +14,8 @@ from itertools import count
 import numpy as np
 from numpy.typing import NDArray
 
+from kvstore import _native
+
 Ids = NDArray[np.int64]
 
 _SMALLEST = 64
@@ -115,25 +117,16 @@ class BlockMap:
         """Return the ids of blocks [s, ...] of s streams; KeyError for one that is not there."""
         if not blocks.size:
             return np.empty(blocks.shape, np.int64)
-        rows = np.asarray(streams, np.int64)
-        flat = blocks.reshape(len(rows), -1)
-        counts = self.counts[rows]
-        if flat.min() < 0 or flat.max() >= counts.min():
-            wrong = (flat < 0) | (flat >= counts[:, None])
-            if wrong.any():
-                i, j = np.argwhere(wrong)[0]
-                raise KeyError(f"stream {rows[i]} has no block {flat[i, j]}, only {counts[i]}")
-        table = self._runs[0].table
-        ids: Ids = table[rows[:, None], np.minimum(flat, table.shape[1] - 1)]
-        for run in self._runs[1:]:
-            columns = flat - run.base[rows, None]
-            if columns.max() < 0:
-                continue
-            i, j = np.nonzero(columns >= 0)
-            # What belongs to a later run is overwritten in its turn.
-            last = run.table.shape[1] - 1
-            ids[i, j] = run.table[rows[i], np.minimum(columns[i, j], last)]
-        return ids.reshape(blocks.shape)
+        blocks = np.ascontiguousarray(blocks, np.int64)
+        runs = [(run.base, run.table) for run in self._runs]
+        ids = _native.find_ids(list(streams), blocks, self.counts, runs)
+        if ids is None:
+            rows, flat = np.asarray(streams, np.int64), blocks.reshape(len(streams), -1)
+            i, j = np.argwhere((flat < 0) | (flat >= self.counts[rows, None]))[0]
+            raise KeyError(
+                f"stream {rows[i]} has no block {flat[i, j]}, only {self.counts[rows[i]]}"
+            )
+        return ids
 
     def ids(self) -> Ids:
         """Return the ids of all blocks, [sum of counts], stream after stream."""

@@ -119,13 +119,6 @@ class Lookups:
         mover.hot_slab.await_writes()
         return slots, held
 
-    def _distinct_slots(self, slots: Slots) -> Slots:
-        """The slots without repeats, in order of first appearance."""
-        places = np.arange(len(slots))
-        self._place_of[slots[::-1]] = places[::-1]
-        firsts: Slots = slots[self._place_of[slots] == places]
-        return firsts
-
     def _hold_missing(self, ids: Ids) -> Slots:
         """Pin blocks of which some are not in hot. Returns distinct slots, in any order."""
         mover, hot = self._mover, self._mover.hot
@@ -171,9 +164,7 @@ class Lookups:
             raise KeyError(f"no block has the id {absent[0]}{more}")
 
     def weigh(self, slots: Slots, weights: NDArray[np.float32]) -> None:
-        distinct = self._distinct_slots(slots)
-        self._place_of[distinct] = np.arange(len(distinct))
-        sums = np.bincount(self._place_of[slots], weights, len(distinct)).astype(np.float32)
+        distinct, sums = _native.sum_by_slot(slots, weights, self._place_of)
         self._mover.hot.policy.weigh(distinct, sums)
         if self._recorder.active:
             self._recorder.note("weigh", self._mover.hot.block[distinct], sums)

@@ -250,7 +250,7 @@ class Mover:
                 stuck = np.isin(victims, sole[1][residency.warm[sole[0]] < 0])
                 victims = victims[~stuck]
                 stuck = stuck if stuck.any() else None
-        ids = _native.leave(victims, hot.block, residency.hot)
+        ids = _native.leave(victims, hot.block, residency.hot, hot.spare, hot.sole)
         self._stats.hot.demotions += lowered
         self._stats.hot.evictions += len(ids) - lowered
         self._recorder.note("evict", ids, HOT)
@@ -273,7 +273,7 @@ class Mover:
         room = self._make_warm_room(len(ids))
         ids, slots = ids[: len(room)], slots[: len(room)]
         copy_slots(self.hot_slab, slots, self.warm_slab, room, self._hops)
-        self.warm.sole[room] = self.residency.cold[ids] < 0
+        _native.mark_sole(ids, room, self.residency.cold, self.warm.sole)
         _native.arrive(ids, room, self.warm.block, self.residency.warm)
         nbytes = len(ids) * self._nbytes
         self._stats.hot.bytes_out += nbytes
@@ -290,9 +290,7 @@ class Mover:
             lacking = n - len(slots) - len(dropped)
             if lacking and self.disk is not None:
                 dropped = np.concatenate((dropped, warm.victims(lacking, warm.sole)))
-            ids = _native.leave(dropped, warm.block, self.residency.warm)
-            warm.spare[dropped] = False
-            warm.sole[dropped] = False
+            ids = _native.leave(dropped, warm.block, self.residency.warm, warm.spare, warm.sole)
             slots = np.concatenate((slots, dropped)) if len(slots) else dropped
             self._stats.warm.evictions += len(ids)
             self._recorder.note("evict", ids, WARM)

@@ -13,6 +13,8 @@ from kvstore.policy import Policy, PolicyFactory, make_policy
 from kvstore.residency import Ids
 from kvstore.tiers.slots import Slots
 
+_NONE = np.empty(0, np.int64)
+
 
 class Occupancy:
     """The slots of one memory tier.
@@ -63,6 +65,8 @@ class Occupancy:
     def take_free(self, n: int) -> Slots:
         """At most n free slots, no longer free."""
         n = min(n, self.free_count)
+        if not n:
+            return _NONE
         slots: Slots = self._free[self.free_count - n : self.free_count][::-1].copy()
         self.free_count -= n
         return slots

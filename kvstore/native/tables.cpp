@@ -3,6 +3,7 @@
 #include "tables.h"
 
 #include <algorithm>
+#include <utility>
 #include <vector>
 
 #include "array.h"
@@ -138,8 +139,10 @@ void arrive(const Int64s& ids, const Int64s& slots, Int64s& block, Int32s& table
     }
 }
 
-// Slots hold no block any more; returns the ids of those that they held.
-Int64s leave(const Int64s& slots, Int64s& block, Int32s& table) {
+// Slots hold no block any more, nor what is marked of it; returns the ids of those that they held.
+Int64s leave(const Int64s& slots, Int64s& block, Int32s& table, Bools& spare, Bools& sole) {
+    check_length(spare, block.size());
+    check_length(sole, block.size());
     check(slots, block.size());
     Int64s ids(slots.size());
     for (py::ssize_t i = 0; i < slots.size(); i++) {
@@ -147,10 +150,72 @@ Int64s leave(const Int64s& slots, Int64s& block, Int32s& table) {
     }
     check(ids, table.size());
     for (py::ssize_t i = 0; i < slots.size(); i++) {
+        const std::int64_t slot = slots.data()[i];
         table.mutable_data()[ids.data()[i]] = -1;
-        block.mutable_data()[slots.data()[i]] = -1;
+        block.mutable_data()[slot] = -1;
+        spare.mutable_data()[slot] = sole.mutable_data()[slot] = false;
     }
     return ids;
+}
+
+// Mark the slots whose blocks have no copy on disk.
+void mark_sole(const Int64s& ids, const Int64s& slots, const Int64s& cold, Bools& sole) {
+    check_length(slots, ids.size());
+    check(ids, cold.size());
+    check(slots, sole.size());
+    for (py::ssize_t i = 0; i < ids.size(); i++) {
+        sole.mutable_data()[slots.data()[i]] = cold.data()[ids.data()[i]] < 0;
+    }
+}
+
+// The distinct slots, in order of first appearance, and the sum of the weights of each. place:
+// [slots of the tier], whatever it holds.
+py::tuple sum_by_slot(const Int64s& slots, const Array<float>& weights, Int64s& place) {
+    check_length(weights, slots.size());
+    check(slots, place.size());
+    std::vector<std::int64_t> distinct;
+    std::vector<double> sums;
+    std::int64_t* where = place.mutable_data();
+    for (py::ssize_t i = 0; i < slots.size(); i++) where[slots.data()[i]] = -1;
+    for (py::ssize_t i = 0; i < slots.size(); i++) {
+        std::int64_t& at = where[slots.data()[i]];
+        if (at < 0) {
+            at = static_cast<std::int64_t>(distinct.size());
+            distinct.push_back(slots.data()[i]);
+            sums.push_back(0);
+        }
+        sums[at] += weights.data()[i];
+    }
+    return py::make_tuple(made_of(distinct), made_of(std::vector<float>(sums.begin(), sums.end())));
+}
+
+// The ids of blocks [streams, ...]; None where one is not there. runs: of each the number of the
+// block in its first column, [all streams], and a table of ids, [all streams, columns]; they follow
+// each other. counts: the blocks of each stream.
+py::object find_ids(const std::vector<std::int64_t>& streams, const Int64s& blocks,
+                    const Int64s& counts, const std::vector<std::pair<Int64s, Int64s>>& runs) {
+    const auto rows = static_cast<py::ssize_t>(streams.size());
+    if (!rows || blocks.size() % rows || runs.empty()) return py::none();
+    check(streams.data(), rows, counts.size());
+    for (const auto& [base, table] : runs) {
+        check_length(base, counts.size());
+        if (table.ndim() != 2 || table.shape(0) != counts.size()) {
+            throw py::value_error("a run has ids of some streams only");
+        }
+    }
+    Int64s ids(std::vector<py::ssize_t>(blocks.shape(), blocks.shape() + blocks.ndim()));
+    const py::ssize_t each = blocks.size() / rows;
+    for (py::ssize_t i = 0; i < blocks.size(); i++) {
+        const std::int64_t stream = streams[i / each], block = blocks.data()[i];
+        if (!within(block, counts.data()[stream])) return py::none();
+        auto run = runs.rbegin();
+        while (run != runs.rend() && run->first.data()[stream] > block) ++run;
+        if (run == runs.rend()) return py::none();
+        const std::int64_t column = block - run->first.data()[stream];
+        check(&column, 1, run->second.shape(1));
+        ids.mutable_data()[i] = run->second.data()[run->second.shape(1) * stream + column];
+    }
+    return std::move(ids);
 }
 
 // Hot slots by what is left of their blocks without them: warm slots that have copies; and ids and
@@ -201,7 +266,13 @@ void bind_tables(py::module_& module) {
                given("place"));
     module.def("split", &split, given("ids"), given("table"));
     module.def("arrive", &arrive, given("ids"), given("slots"), given("block"), given("table"));
-    module.def("leave", &leave, given("slots"), given("block"), given("table"));
+    module.def("leave", &leave, given("slots"), given("block"), given("table"), given("spare"),
+               given("sole"));
+    module.def("mark_sole", &mark_sole, given("ids"), given("slots"), given("cold"),
+               given("sole"));
+    module.def("sum_by_slot", &sum_by_slot, given("slots"), given("weights"), given("place"));
+    module.def("find_ids", &find_ids, py::arg("streams"), given("blocks"), given("counts"),
+               given("runs"));
     module.def("sort_victims", &sort_victims, given("slots"), given("block"), given("warm"),
                given("cold"));
     module.def("next_spare", &next_spare, given("spare"), given("pinned"), py::arg("start"),

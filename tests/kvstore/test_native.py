@@ -83,7 +83,9 @@ def test_blocks_arrive_and_leave(places, ids, data):
     assert [table[i] for i in range(IDS)] == [where.get(i, -1) for i in range(IDS)]
     gone = data.draw(st.lists(st.sampled_from(places), unique=True) if places else st.just([]))
     held = {slot: block for block, slot in where.items()}
-    left = _native.leave(int64(gone), block, table)
+    spare, sole = (np.ones(SLOTS, bool) for _ in range(2))
+    left = _native.leave(int64(gone), block, table, spare, sole)
+    assert spare.tolist() == sole.tolist() == [slot not in gone for slot in range(SLOTS)]
     assert left.tolist() == [held.pop(slot) for slot in gone]
     assert block.tolist() == [held.get(slot, -1) for slot in range(SLOTS)]
     where = {block: slot for slot, block in held.items()}
@@ -117,11 +119,15 @@ def test_what_lies_outside_is_refused_and_changes_nothing():
         with pytest.raises(IndexError):
             _native.arrive(int64([0, 1]), bad, block, table)
         with pytest.raises(IndexError):
-            _native.leave(bad, block, table)
+            _native.leave(bad, block, table, state.pinned, state.pinned)
+        with pytest.raises(IndexError):
+            _native.mark_sole(int64([0, 1]), bad, cold, state.pinned)
+        with pytest.raises(IndexError):
+            _native.sum_by_slot(bad, np.zeros(2, np.float32), np.zeros(SLOTS, np.int64))
         with pytest.raises(IndexError):
             _native.sort_victims(bad, block, table, cold)
     with pytest.raises(IndexError):  # a slot without a block
-        _native.leave(int64([0]), block, table)
+        _native.leave(int64([0]), block, table, state.pinned, state.pinned)
     with pytest.raises(IndexError):
         _native.split(int64([IDS]), table)
     state.check([])
@@ -146,6 +152,27 @@ def test_arrays_that_do_not_belong_together_are_refused():
     frozen.flags.writeable = False
     with pytest.raises(ValueError, match="writeable"):
         _native.pin(ids, frozen, state.pinned, state.count)
+
+
+@given(st.lists(st.tuples(st.integers(0, SLOTS - 1), st.integers(0, 9))))
+def test_weights_are_added_up_by_slot(given_weights):
+    at = int64([slot for slot, _ in given_weights])
+    weights = np.array([weight for _, weight in given_weights], np.float32)
+    found, sums = _native.sum_by_slot(at, weights, np.full(SLOTS, 7, np.int64))
+    expected = {}
+    for slot, weight in given_weights:
+        expected[slot] = expected.get(slot, 0) + weight
+    assert found.tolist() == list(expected)
+    assert sums.tolist() == list(expected.values())
+
+
+@given(slots, st.permutations(range(IDS)), st.lists(st.booleans(), min_size=IDS, max_size=IDS))
+def test_slots_are_marked_whose_blocks_are_not_on_disk(places, ids, saved):
+    sole = np.zeros(SLOTS, bool)
+    cold = int64([5 if each else -1 for each in saved])
+    _native.mark_sole(int64(ids[: len(places)]), int64(places), cold, sole)
+    expected = {slot: not saved[block] for block, slot in zip(ids, places, strict=False)}
+    assert sole.tolist() == [expected.get(slot, False) for slot in range(SLOTS)]
 
 
 FIRSTS = [[[2, 0], [3, 1]], [[3, 2, 1, 0]]]

@@ -54,12 +54,9 @@ INLINE void dots(const float* q, const T* k, std::int64_t dim, float* scores) {
     if constexpr (N == 4) {
         const Quad a = folded(sums[0]), b = folded(sums[1]);
         const Quad c = folded(sums[2]), d = folded(sums[3]);
-        const Quad ab = __builtin_shufflevector(a, b, 0, 4, 1, 5) +
-                            __builtin_shufflevector(a, b, 2, 6, 3, 7);  // a, b, a, b
-        const Quad cd = __builtin_shufflevector(c, d, 0, 4, 1, 5) +
-                            __builtin_shufflevector(c, d, 2, 6, 3, 7);
-        const Quad all = __builtin_shufflevector(ab, cd, 0, 1, 4, 5) +
-                             __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
+        const Quad ab = shuffled<0, 4, 1, 5>(a, b) + shuffled<2, 6, 3, 7>(a, b);  // a, b, a, b
+        const Quad cd = shuffled<0, 4, 1, 5>(c, d) + shuffled<2, 6, 3, 7>(c, d);
+        const Quad all = shuffled<0, 1, 4, 5>(ab, cd) + shuffled<2, 3, 6, 7>(ab, cd);
         std::memcpy(scores, &all, sizeof(all));
     } else {
         for (int i = 0; i < N; i++) scores[i] = sum(sums[i]);

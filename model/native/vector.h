@@ -4,20 +4,23 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 // A function in several versions, of which the processor's best is taken when the module is loaded.
 // What it calls must be INLINE, or it is compiled once, for the oldest processor.
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
+#if __GNUC__ >= 12
 #define MODEL_VECTOR __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else  // which knows the levels, but not how to choose by them
+#define MODEL_VECTOR __attribute__((target_clones("avx512f", "avx2", "default")))
+#endif
 #else
 #define MODEL_VECTOR
 #endif
 #define INLINE __attribute__((always_inline)) inline
 
-#if defined(__GNUC__) && !defined(__clang__)
 // How vectors are handed over and returned does not matter: everything here is INLINE.
 #pragma GCC diagnostic ignored "-Wpsabi"
-#endif
 
 namespace model {
 
@@ -41,6 +44,18 @@ INLINE To bits_as(const From& from) {
     To to;
     std::memcpy(&to, &from, sizeof(to));
     return to;
+}
+
+// Four or eight numbers of a and b, by their places in both.
+template <int... Places, class Vector>
+INLINE auto shuffled(const Vector& a, const Vector& b) {
+#if defined(__clang__) || __GNUC__ >= 12
+    return __builtin_shufflevector(a, b, Places...);
+#else
+    constexpr int width = sizeof(Vector) / sizeof(float);
+    using Result = std::conditional_t<sizeof...(Places) == 4, Quad, Floats>;
+    return Result{(Places < width ? a[Places % width] : b[Places % width])...};
+#endif
 }
 
 // Two vectors of what lies in one row of a slab. Of narrow numbers the even ones and the odd ones:
@@ -99,9 +114,9 @@ INLINE void pair_up(const float* from, float* to, std::int64_t n) {
     const bool narrow = sizeof(T) < sizeof(float);
     for (std::int64_t i = 0; i < n; i += PAIR) {
         const Floats a = load(from + i), b = load(from + i + LANES);
-        store(to + i, narrow ? __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14) : a);
+        store(to + i, narrow ? shuffled<0, 2, 4, 6, 8, 10, 12, 14>(a, b) : a);
         store(to + i + LANES,
-              narrow ? __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15) : b);
+              narrow ? shuffled<1, 3, 5, 7, 9, 11, 13, 15>(a, b) : b);
     }
 }
 
@@ -111,9 +126,9 @@ INLINE void put_in_order(const float* from, float* to, std::int64_t n) {
     const bool narrow = sizeof(T) < sizeof(float);
     for (std::int64_t i = 0; i < n; i += PAIR) {
         const Floats a = load(from + i), b = load(from + i + LANES);
-        store(to + i, narrow ? __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11) : a);
+        store(to + i, narrow ? shuffled<0, 8, 1, 9, 2, 10, 3, 11>(a, b) : a);
         store(to + i + LANES,
-              narrow ? __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15) : b);
+              narrow ? shuffled<4, 12, 5, 13, 6, 14, 7, 15>(a, b) : b);
     }
 }
 
@@ -121,7 +136,7 @@ INLINE Floats greater(const Floats& a, const Floats& b) { return a > b ? a : b; 
 
 // The sum of the two halves of a vector.
 INLINE Quad folded(const Floats& x) {
-    return __builtin_shufflevector(x, x, 0, 1, 2, 3) + __builtin_shufflevector(x, x, 4, 5, 6, 7);
+    return shuffled<0, 1, 2, 3>(x, x) + shuffled<4, 5, 6, 7>(x, x);
 }
 
 INLINE float sum(const Floats& x) {

@@ -182,7 +182,7 @@ class StoreConfig:
     directory: Converted[str | PathLike[str] | None, Path | None] = Converted(_optional_path, None)
     device: str = "auto"
     policy: str | PolicyFactory = "lru"
-    workers: int = 1
+    workers: int = 2
     staging: Converted[int | str, int] = Converted(_capacity, "16MiB")
     trace: Converted[str | PathLike[str] | None, Path | None] = Converted(_optional_path, None)
     index: IndexConfig = IndexConfig()

@@ -54,7 +54,7 @@ class Writer:
         self._committer = committer
         self._stats = stats
         spec, slots = mover.spec, mover.warm.slots
-        share = config.staging // 4 // config.workers
+        share = config.staging // 4 // (config.workers + 1)
         self._batch = max(
             1, min(_BATCH_BLOCKS, min(_BATCH_BYTES, share) // spec.nbytes, slots // 4)
         )

@@ -76,7 +76,7 @@ def test_defaults_are_whole_bytes_and_auto() -> None:
     assert (config.hot, config.warm, config.cold) == (64 * 2**20, 256 * 2**20, 64 * 2**30)
     assert config.staging == 16 * 2**20
     assert (config.directory, config.trace) == (None, None)
-    assert (config.device, config.policy, config.workers) == ("auto", "lru", 1)
+    assert (config.device, config.policy, config.workers) == ("auto", "lru", 2)
     assert config.index == IndexConfig()
 
 

@@ -99,7 +99,6 @@ class Lookups:
         self._recorder = recorder
         # Pins that ended while a device may still read their slots.
         self._ending: deque[tuple[torch.cuda.Event, Slots]] = deque()
-        self._place_of = np.zeros(mover.hot.slots, np.int64)
 
     def hold(self, ids: Ids) -> tuple[Slots, Slots]:
         """Pin blocks in hot. ids: int64 [n]. Returns each id's slot [n] and the distinct slots."""
@@ -164,7 +163,7 @@ class Lookups:
             raise KeyError(f"no block has the id {absent[0]}{more}")
 
     def weigh(self, slots: Slots, weights: NDArray[np.float32]) -> None:
-        distinct, sums = _native.sum_by_slot(slots, weights, self._place_of)
+        distinct, sums = self._mover.hot.sum_weights(slots, weights)
         self._mover.hot.policy.weigh(distinct, sums)
         if self._recorder.active:
             self._recorder.note("weigh", self._mover.hot.block[distinct], sums)

@@ -39,7 +39,7 @@ class Occupancy:
         self.early = np.zeros(slots, bool)
         # In an array, so that one call changes it and the masks.
         self._pinned_count = np.zeros(1, np.int64)
-        self._place = np.zeros(slots, np.int64)
+        self._place = np.zeros(slots, np.int64)  # for the calls that want one
         self.policy: Policy = make_policy(policy, slots)
         self._make_policy = policy
         # The lowest slots lie on top of the stack.
@@ -97,6 +97,12 @@ class Occupancy:
         return _native.pin_present(
             ids, table, self.pins, self.pinned, self._pinned_count, self._place
         )
+
+    def sum_weights(
+        self, slots: Slots, weights: NDArray[np.float32]
+    ) -> tuple[Slots, NDArray[np.float32]]:
+        """The distinct slots among slots [n] and the sum of the weights [n] of each."""
+        return _native.sum_by_slot(slots, weights, self._place)
 
     def drop_pins(self) -> None:
         """Let go of all slots, however often they are held."""

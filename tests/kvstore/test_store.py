@@ -362,7 +362,7 @@ def test_blocks_change_places_with_what_is_not_being_written():
 
 
 def test_slots_of_deleted_blocks_that_are_being_written_are_no_room():
-    with make(hot=2, warm=4) as store:
+    with make(hot=2, warm=4, workers=1) as store:
         writer = SlowWriter(store)
         ids = store.put(random_planes(4))
         assert writer.begun.wait(10)

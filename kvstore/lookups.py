@@ -114,7 +114,7 @@ class Lookups:
             mover.use_early(held)
         else:
             held = self._hold_missing(ids)
-            slots = mover.residency.hot[ids].astype(np.int64)
+            _, slots, _ = _native.split(ids, mover.residency.hot)
         mover.hot_slab.await_writes()
         return slots, held
 

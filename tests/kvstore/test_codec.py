@@ -267,7 +267,7 @@ def test_a_claim_of_a_large_window_is_not_believed():
     codec, ids = Codec(BlockSpec.kv(4, 8)), np.array([6])
     (frame,) = codec.encode(ids, arrays(codec, 1, normal_bfloat16(13)))
     claim = (1 << 26).to_bytes(4, "little")
-    with pytest.raises(CorruptBlockError, match="too much memory"):
+    with pytest.raises(CorruptBlockError, match="block 6 is damaged on disk: error decompressing"):
         decoded(codec, ids, [resealed(frame, size=(codec.header_nbytes + 5, claim))])
 
 
@@ -289,6 +289,20 @@ def test_a_payload_that_is_no_zstd_frame_is_refused(junk):
     head[-4:] = len(junk).to_bytes(4, "little")
     with pytest.raises(CorruptBlockError, match="block 9 "):
         decoded(codec, ids, [good, resealed(bytes(head) + junk)])
+
+
+@pytest.mark.parametrize("payload", [b"", b"not whole"])
+def test_a_payload_that_is_no_zstd_frame_is_named(payload):
+    """In a batch of whole ones, and as the only one."""
+    codec, ids = Codec(BlockSpec.kv(4, 8)), np.array([2, 9, 11])
+    first, frame, last = codec.encode(ids, arrays(codec, 3, normal_bfloat16(14)))
+    payload = payload.replace(b"whole", frame[codec.header_nbytes :])
+    head = frame[: codec.header_nbytes - 4] + len(payload).to_bytes(4, "little")
+    wrong = resealed(head + payload)
+    with pytest.raises(CorruptBlockError, match="block 9 "):
+        decoded(codec, ids, [first, wrong, last])
+    with pytest.raises(CorruptBlockError, match="block 9 "):
+        decoded(codec, ids[1:2], [wrong])
 
 
 def test_threads_share_a_codec():

@@ -11,22 +11,25 @@
 namespace kvstore {
 namespace {
 
-Rows rows_of(Bytes& array) {
+template <class Byte>
+Rows<Byte> rows_of(Byte* data, const Bytes& array) {
     if (array.ndim() != 2) throw py::value_error("rows are uint8 [n, bytes]");
-    return {array.mutable_data(), array.shape(0), static_cast<std::size_t>(array.shape(1))};
+    return {data, array.shape(0), static_cast<std::size_t>(array.shape(1))};
 }
 
-std::int64_t checked(const std::optional<Int64s>& numbers, const Rows& rows) {
-    if (!numbers) return rows.count;
-    check(*numbers, rows.count);
+// How many rows of so many are meant; IndexError for one that is not there.
+std::int64_t checked(const std::optional<Int64s>& numbers, std::int64_t count) {
+    if (!numbers) return count;
+    check(*numbers, count);
     return numbers->size();
 }
 
-void copy(Bytes from, std::optional<Int64s> from_rows,
-          Bytes to, std::optional<Int64s> to_rows) {
-    const Rows source = rows_of(from), target = rows_of(to);
-    const std::int64_t n = checked(from_rows, source);
-    if (source.nbytes != target.nbytes || n != checked(to_rows, target)) {
+void copy(const Bytes& from, const std::optional<Int64s>& from_rows, Bytes& to,
+          const std::optional<Int64s>& to_rows) {
+    const auto source = rows_of(from.data(), from);
+    const auto target = rows_of(to.mutable_data(), to);
+    const std::int64_t n = checked(from_rows, source.count);
+    if (source.nbytes != target.nbytes || n != checked(to_rows, target.count)) {
         throw py::value_error("rows of another number or size");
     }
     py::gil_scoped_release release;

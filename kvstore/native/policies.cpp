@@ -170,23 +170,21 @@ class SIEVE {
     std::int32_t hand_;  // at the list's head: at the oldest, whichever that will be
 };
 
+template <class Order>
+py::class_<Order> bind_order(py::module_& module, const char* name) {
+    return py::class_<Order>(module, name)
+        .def(py::init<std::int64_t>(), py::arg("slots"))
+        .def("touch", &Order::touch, given("slots"))
+        .def("release", &Order::release, given("slots"))
+        .def("victims", &Order::victims, py::arg("count"), given("pinned"))
+        .def("peek", &Order::peek, py::arg("count"), given("pinned"));
+}
+
 }  // namespace
 
 void bind_policies(py::module_& module) {
-    py::class_<LRU>(module, "LRU")
-        .def(py::init<std::int64_t>(), py::arg("slots"))
-        .def("admit", &LRU::touch, given("slots"))
-        .def("touch", &LRU::touch, given("slots"))
-        .def("release", &LRU::release, given("slots"))
-        .def("victims", &LRU::victims, py::arg("count"), given("pinned"))
-        .def("peek", &LRU::peek, py::arg("count"), given("pinned"));
-    py::class_<SIEVE>(module, "SIEVE")
-        .def(py::init<std::int64_t>(), py::arg("slots"))
-        .def("admit", &SIEVE::admit, given("slots"))
-        .def("touch", &SIEVE::touch, given("slots"))
-        .def("release", &SIEVE::release, given("slots"))
-        .def("victims", &SIEVE::victims, py::arg("count"), given("pinned"))
-        .def("peek", &SIEVE::peek, py::arg("count"), given("pinned"));
+    bind_order<LRU>(module, "LRU").def("admit", &LRU::touch, given("slots"));
+    bind_order<SIEVE>(module, "SIEVE").def("admit", &SIEVE::admit, given("slots"));
 }
 
 }  // namespace kvstore

@@ -18,8 +18,8 @@ inline void prefetch(const std::uint8_t* row, std::size_t nbytes) {
 
 }  // namespace
 
-void copy_rows(const Rows& from, const std::int64_t* from_rows, const Rows& to,
-               const std::int64_t* to_rows, std::int64_t n) {
+void copy_rows(const Rows<const std::uint8_t>& from, const std::int64_t* from_rows,
+               const Rows<std::uint8_t>& to, const std::int64_t* to_rows, std::int64_t n) {
     const std::size_t nbytes = from.nbytes;
     const std::size_t ahead = nbytes < AHEAD ? nbytes : AHEAD;
     for (std::int64_t i = 0; i < n; i++) {

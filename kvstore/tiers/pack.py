@@ -18,8 +18,7 @@ Locations = npt.NDArray[np.int64]
 INDEX_BITS = 16
 """Of a location, for the place in the pack; the others are the pack's number."""
 
-bounds = struct.Struct("<II").unpack_from
-"""Where a frame lies in its pack, from an entry of the pack's table."""
+_bounds = struct.Struct("<II").unpack_from
 
 
 def cut_packs(sizes: npt.NDArray[np.int64], pack_bytes: int) -> list[tuple[int, int]]:
@@ -54,7 +53,7 @@ def by_pack(locations: Locations) -> list[tuple[int, npt.NDArray[np.int64]]]:
 def frame_at(pack: memoryview, place: int) -> memoryview:
     """Return the frame whose entry in the table is at byte `place`."""
     try:
-        first, last = bounds(pack, place)
+        first, last = _bounds(pack, place)
     except struct.error:
         raise CorruptBlockError(f"a pack of {len(pack)} B has no entry at {place}") from None
     return pack[first:last]

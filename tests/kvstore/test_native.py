@@ -175,6 +175,14 @@ def test_slots_are_marked_whose_blocks_are_not_on_disk(places, ids, saved):
     assert sole.tolist() == [expected.get(slot, False) for slot in range(SLOTS)]
 
 
+def test_rows_are_copied_from_what_is_only_read_and_never_to_it():
+    source, target = np.frombuffer(b"abcdef", np.uint8).reshape(3, 2), np.zeros((2, 2), np.uint8)
+    _native.copy_rows(source, int64([2, 0]), target, None)
+    assert target.tobytes() == b"efab"
+    with pytest.raises(ValueError, match="writeable"):
+        _native.copy_rows(target, None, source, int64([0, 1]))
+
+
 FIRSTS = [[[2, 0], [3, 1]], [[3, 2, 1, 0]]]
 
 

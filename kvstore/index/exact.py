@@ -62,9 +62,13 @@ class ExactSearch:
         [s, m, k], with -1 and -inf where there are fewer than k. Of few queries, equal scores come
         in the order of their numbers.
         """
-        s, m, _ = queries.shape
+        s, m, dim = queries.shape
         if m <= FEW and self.device.type == "cpu":
-            return top_k_of_few(pages, streams, queries, k, before, start)
+            if not queries.is_contiguous():
+                queries = queries.contiguous()
+            at = queries.data_ptr()
+            few = _native.top_k(pages.codes, streams, pages.counts, at, m, dim, k, before, start)
+            return torch.from_numpy(few[0]), torch.from_numpy(few[1])
         if isinstance(before, int):
             before = np.full(m, before)
         stop = max((pages.counts[stream] for stream in streams), default=0)
@@ -156,24 +160,6 @@ class ExactSearch:
             self._scores = torch.empty(0, device=self.device)
             self._scores = torch.empty(size + size // 8, device=self.device)
         return self._scores[:size]
-
-
-def top_k_of_few(
-    pages: LandmarkPages,
-    streams: Sequence[int],
-    queries: torch.Tensor,
-    k: int,
-    before: NDArray[np.int64] | int | None = None,
-    start: int = 0,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Do what `ExactSearch.top_k` does by codes, on one thread: in host memory."""
-    _, m, dim = queries.shape
-    if not queries.is_contiguous():
-        queries = queries.contiguous()
-    numbers, scores = _native.top_k(
-        pages.codes, streams, pages.counts, queries.data_ptr(), m, dim, k, before, start
-    )
-    return torch.from_numpy(numbers), torch.from_numpy(scores)
 
 
 def select(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -96,10 +96,10 @@ def test_blocks_arrive_and_leave(places, ids, data):
 def test_victims_are_sorted_by_what_is_left_of_them(chosen, ids, copies):
     """copies: 1 for one in warm, 2 for one on disk, 3 for both."""
     block = int64(ids[:SLOTS])
-    warm = np.array([100 + i if copies[i] & 1 else -1 for i in range(IDS)], np.int32)
-    cold = int64([200 + i if copies[i] & 2 else -1 for i in range(IDS)])
+    warm = np.array([i if copies[i] & 1 else -1 for i in range(IDS)], np.int32)
+    cold = int64([i if copies[i] & 2 else -1 for i in range(IDS)])
     below, sole, saved = _native.sort_victims(int64(chosen), block, warm, cold)
-    assert below.tolist() == [100 + ids[s] for s in chosen if copies[ids[s]] & 1]
+    assert below.tolist() == [ids[s] for s in chosen if copies[ids[s]] & 1]
     assert sole[1].tolist() == [s for s in chosen if copies[ids[s]] == 0]
     assert saved[1].tolist() == [s for s in chosen if copies[ids[s]] == 2]
     for some, places in (sole, saved):

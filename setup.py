@@ -13,6 +13,7 @@ FLAGS = [
     "-fno-trapping-math",
     "-fno-signed-zeros",
     "-fassociative-math",
+    "-pthread",
 ]
 
 ParallelCompile().install()
@@ -24,6 +25,7 @@ setup(
             depends=sorted(glob(f"{package}/native/*.h")),
             cxx_std=17,
             extra_compile_args=FLAGS,
+            extra_link_args=["-pthread"],
         )
         for package in ("kvstore", "model")
     ]

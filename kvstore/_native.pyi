@@ -114,6 +114,7 @@ def top_k(
     k: int,
     before: NDArray[np.int64] | int | None,  # [m]
     start: int,
+    threads: int = 1,
     plain: bool = False,  # by the code that every processor runs
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]: ...  # numbers, scores [streams, m, k]
 def candidates(

@@ -67,7 +67,10 @@ class ExactSearch:
             if not queries.is_contiguous():
                 queries = queries.contiguous()
             at = queries.data_ptr()
-            few = _native.top_k(pages.codes, streams, pages.counts, at, m, dim, k, before, start)
+            threads = torch.get_num_threads()
+            few = _native.top_k(
+                pages.codes, streams, pages.counts, at, m, dim, k, before, start, threads
+            )
             return torch.from_numpy(few[0]), torch.from_numpy(few[1])
         if isinstance(before, int):
             before = np.full(m, before)

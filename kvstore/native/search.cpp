@@ -18,6 +18,7 @@
 
 #include "codes.h"
 #include "scan.h"
+#include "share.h"
 
 namespace py = pybind11;
 
@@ -35,6 +36,8 @@ constexpr std::int64_t CHUNK = 64;
 constexpr double LARGEST = 1e30;
 // Numbers of a landmark up to which sums of products of codes fit into int32.
 constexpr std::int64_t WIDEST = 32768;
+// Landmarks of a stream, on average, from which on another thread wakes in time to be of use.
+constexpr std::int64_t SHARED = 4096;
 // Looking at the codes pays from so many landmarks on, for each that is wanted.
 constexpr std::int64_t WORTH = 16;
 constexpr float LOWEST = -std::numeric_limits<float>::infinity();
@@ -340,7 +343,7 @@ using Before = std::optional<std::variant<Array<std::int64_t>, std::int64_t>>;
 
 py::tuple top_k(const std::vector<Codes*>& pages, const Numbers& streams, const Numbers& counts,
                 Address queries, std::int64_t m, std::int64_t dim, std::int64_t k,
-                const Before& before, std::int64_t start, bool plain) {
+                const Before& before, std::int64_t start, std::int64_t threads, bool plain) {
     const std::int64_t s = streams.size();
     const auto* array = before ? std::get_if<Array<std::int64_t>>(&*before) : nullptr;
     if (m < 0 || k < 1 || start < 0 || (array && array->size() != m)) {
@@ -351,21 +354,21 @@ py::tuple top_k(const std::vector<Codes*>& pages, const Numbers& streams, const 
     py::array_t<float> scores({s, m, k});
     std::int64_t* number = numbers.mutable_data();
     float* score = scores.mutable_data();
-    const float* at = reinterpret_cast<const float*>(queries);
+    const float* query = reinterpret_cast<const float*>(queries);
     const std::int64_t fours = (dim + Codes::FOUR - 1) / Codes::FOUR;
-    for (const std::int64_t stream : streams) {
-        Search search(pages, stream, k, plain);
-        for (std::int64_t j = 0; j < m; j++, at += dim) {
-            std::int64_t stop = counts[stream];
-            if (before) {
-                stop = std::min(stop, array ? array->data()[j] : std::get<std::int64_t>(*before));
-            }
-            search.ask(Query(at, dim, fours), start, std::max(start, stop));
+    const std::int64_t* bounds = array ? array->data() : nullptr;
+    const std::int64_t bound =
+        before && !array ? std::get<std::int64_t>(*before) : std::numeric_limits<std::int64_t>::max();
+    std::int64_t looked = 0;
+    for (const std::int64_t stream : streams) looked += std::min(bound, counts[stream]) - start;
+    share(s, looked < s * SHARED ? 1 : threads, [&](std::int64_t i) {
+        Search search(pages, streams[i], k, plain);
+        for (std::int64_t j = i * m; j < (i + 1) * m; j++) {
+            const std::int64_t stop = std::min(counts[streams[i]], bounds ? bounds[j - i * m] : bound);
+            search.ask(Query(query + j * dim, dim, fours), start, std::max(start, stop));
         }
-        if (m) search.answer(number, score);
-        number += m * k;
-        score += m * k;
-    }
+        if (m) search.answer(number + i * m * k, score + i * m * k);
+    });
     return py::make_tuple(std::move(numbers), std::move(scores));
 }
 
@@ -456,7 +459,7 @@ void bind_search(py::module_& module) {
         .def_property_readonly("nbytes", &Codes::nbytes);
     module.def("top_k", &top_k, py::arg("pages"), py::arg("streams"), py::arg("counts"),
                py::arg("queries"), py::arg("m"), py::arg("dim"), py::arg("k"), py::arg("before"),
-               py::arg("start"), py::arg("plain") = false);
+               py::arg("start"), py::arg("threads") = 1, py::arg("plain") = false);
     module.def("candidates", &candidates, py::arg("pages"), py::arg("stream"), py::arg("counts"),
                py::arg("query"), py::arg("dim"), py::arg("k"));
     module.def("gather", &gather, py::arg("pages"), py::arg("streams"), py::arg("counts"),

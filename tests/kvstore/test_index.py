@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import signal
 import threading
 import time
 from contextlib import closing
@@ -221,7 +222,7 @@ def test_codes_lose_nothing(kind, asked, n, dim, k, cuts, start, beyond, plain, 
         held = held.fork() if i % 2 else held
     at = torch.from_numpy(query[None])
     numbers, scores = _native.top_k(
-        held.codes, [0], held.counts, at.data_ptr(), 1, dim, k, beyond, start, plain
+        held.codes, [0], held.counts, at.data_ptr(), 1, dim, k, beyond, start, 1, plain
     )
     stop = n if beyond is None else min(n, beyond)
     check_best(landmarks, query, k, min(start, stop), stop, numbers[0, 0], scores[0, 0])
@@ -255,7 +256,7 @@ def test_codes_that_mislead_lose_nothing(rounded, plain):
     held = pages.LandmarkPages(1, dim, torch.device("cpu"))
     held.append(0, torch.from_numpy(landmarks))
     numbers, scores = _native.top_k(
-        held.codes, [0], held.counts, query.ctypes.data, 1, dim, k, None, 0, plain
+        held.codes, [0], held.counts, query.ctypes.data, 1, dim, k, None, 0, 1, plain
     )
     assert set(numbers[0, 0].tolist()) <= set(winners.tolist())
     check_best(landmarks, query, k, 0, 2 * n, numbers[0, 0], scores[0, 0])
@@ -272,7 +273,7 @@ def test_a_small_landmark_wins_over_large_ones_that_cancel_out(plain):
     held.append(0, torch.from_numpy(landmarks))
     query = np.ones(64, np.float32)
     numbers, _ = _native.top_k(
-        held.codes, [0], held.counts, query.ctypes.data, 1, 64, 4, None, 0, plain
+        held.codes, [0], held.counts, query.ctypes.data, 1, 64, 4, None, 0, 1, plain
     )
     assert numbers[0, 0].tolist() == sorted(winners.tolist())[:4]
 
@@ -321,6 +322,49 @@ def test_codes_leave_few_to_be_scored():
         query = torch.from_numpy(generator.normal(size=(1, 64)).astype(np.float32))
         counts.append(_native.candidates(held.codes, 0, held.counts, query.data_ptr(), 64, 4))
     assert 4 <= np.median(counts) <= 20
+
+
+def shared(held, queries, k, threads):
+    s, m, dim = queries.shape
+    return _native.top_k(
+        held.codes, list(range(s)), held.counts, queries.data_ptr(), m, dim, k, None, 0, threads
+    )
+
+
+def test_threads_find_the_same():
+    held = pages.LandmarkPages(5, DIM, torch.device("cpu"))
+    for stream in range(5):
+        held.append(stream, clustered(6000, seed=stream))
+    for seed in range(50):
+        queries = torch.randn(5, 3, DIM, generator=torch.Generator().manual_seed(seed))
+        alone = shared(held, queries, 4, 1)
+        for threads in (2, 3, 8):
+            for mine, theirs in zip(alone, shared(held, queries, 4, threads), strict=True):
+                np.testing.assert_array_equal(mine, theirs)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_forked_process_searches_without_the_threads_it_has_not():
+    held = pages.LandmarkPages(2, DIM, torch.device("cpu"))
+    for stream in range(2):
+        held.append(stream, clustered(6000, seed=stream))
+    queries = torch.randn(2, 1, DIM)
+    numbers, _ = shared(held, queries, 4, 2)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        os._exit(0 if (shared(held, queries, 4, 2)[0] == numbers).all() else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_what_a_thread_raises_is_raised_here():
+    held = pages.LandmarkPages(4, DIM, torch.device("cpu"))
+    for stream in range(4):
+        held.append(stream, clustered(6000, seed=stream))
+    held.counts = [6000, 6000, 6000, 99_999]  # more than there is memory for
+    for _ in range(20):
+        with pytest.raises(IndexError, match="no page holds"):
+            shared(held, torch.randn(4, 1, DIM), 4, 2)
 
 
 @pytest.mark.parametrize("m", [1, 2, exact.FEW, exact.FEW + 1])

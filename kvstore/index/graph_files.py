@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import xxhash
@@ -43,7 +44,8 @@ class GraphFiles:
     def damaged(self) -> list[Path]:
         """Return the files that are not what was written."""
         found = sorted(self._directory.glob("*.hnsw"))
-        return [path for path in found if self.find(path.stem) is None]
+        # One that has gone meanwhile had to make room.
+        return [path for path in found if self.find(path.stem) is None and path.exists()]
 
     def remove(self, path: Path) -> None:
         """Remove a file; what it held is built anew when it is needed."""
@@ -55,26 +57,33 @@ class GraphFiles:
         if not self._writable:
             return
         path = self._directory / f"{key}.hnsw"
-        partial = path.with_suffix(f".{os.getpid()}")
         try:
             self._directory.mkdir(mode=0o700, exist_ok=True)
-            os.close(os.open(partial, os.O_WRONLY | os.O_CREAT, 0o600))
-            save(str(partial))
-            total = _digest(partial)
-            # First: a graph without its sum would be taken for a damaged one.
-            handle = os.open(path.with_suffix(".sum"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-            with os.fdopen(handle, "wb") as file:
-                file.write(total)
-            partial.replace(path)
+            with self._partial() as graph, self._partial() as total:
+                save(str(graph))
+                total.write_bytes(_digest(graph))
+                # First: a graph without its sum would be taken for a damaged one.
+                total.replace(path.with_suffix(".sum"))
+                graph.replace(path)
             self._make_room()
         except (OSError, RuntimeError):
+            pass  # as if it had not been asked for
+
+    @contextlib.contextmanager
+    def _partial(self) -> Iterator[Path]:
+        """Make a file that only this call writes to: two contexts may build the same graph."""
+        handle, name = tempfile.mkstemp(f".{os.getpid()}", dir=self._directory)
+        os.close(handle)
+        try:
+            yield Path(name)
+        finally:
             with contextlib.suppress(OSError):
-                partial.unlink(missing_ok=True)
+                os.unlink(name)
 
     def _make_room(self) -> None:
         for path in self._directory.iterdir():
-            if path.suffix not in (".hnsw", ".sum"):
-                path.unlink()  # left by a process that was killed
+            if path.suffix not in (".hnsw", ".sum", f".{os.getpid()}"):
+                path.unlink()  # left by a process that was killed: one at a time may write
         found = [(path.stat(), path) for path in self._directory.glob("*.hnsw")]
         found.sort(key=lambda each: each[0].st_mtime_ns)
         total = sum(each.st_size for each, _ in found)

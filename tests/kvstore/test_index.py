@@ -1025,6 +1025,40 @@ def test_a_damaged_file_is_built_anew(tmp_path, damage: str) -> None:
     assert {path: path.read_bytes() for path in paths} == before
 
 
+def test_the_same_graph_kept_twice_at_once_is_whole_at_every_moment(tmp_path) -> None:
+    """Two contexts with the same landmarks build the same graph, each on a thread of its own."""
+
+    def save(path: str) -> None:
+        with open(path, "wb") as file:
+            for part in range(64):
+                file.write(bytes([part]) * 4096)
+
+    def keep() -> None:
+        for _ in range(100):
+            files.keep("k", save)
+
+    files = GraphFiles(tmp_path)
+    keepers = [threading.Thread(target=keep) for _ in range(2)]
+    for keeper in keepers:
+        keeper.start()
+    damaged = []
+    while any(keeper.is_alive() for keeper in keepers):
+        damaged += files.damaged()
+    assert not damaged
+    assert files.find("k") is not None
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["k.hnsw", "k.sum"]
+
+
+def test_what_killed_processes_left_goes(tmp_path) -> None:
+    files = GraphFiles(tmp_path)
+    mine, theirs = (tmp_path / f"tmp.{pid}" for pid in (os.getpid(), 2**22 + 1))
+    mine.touch()
+    theirs.touch()
+    files.keep("k", lambda path: Path(path).write_bytes(b"graph"))
+    assert mine.exists()  # another thread writes to it
+    assert not theirs.exists()
+
+
 def test_the_least_recently_used_graphs_go(tmp_path) -> None:
     files = GraphFiles(tmp_path, most=1000)
     for i in range(6):

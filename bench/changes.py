@@ -27,7 +27,7 @@ Segments = list[list[int]]
 State = dict[str, Segments]
 """What a store holds: the segments of each context."""
 
-Act = Callable[[], None]
+Act = Callable[[], object]
 
 
 @dataclass(frozen=True)
@@ -165,21 +165,25 @@ class Work:
         after = {each: list(segments) for each, segments in state.items() if each != name}
         return "delete", partial(store.kept.delete, name), after
 
-    def grow(self, store: Store, name: str, seeds: list[tuple[int, int]]) -> None:
-        """Append segments and save."""
+    def grow(self, store: Store, name: str, seeds: list[tuple[int, int]]) -> int:
+        """Append segments and save; return the bytes of the index."""
         with store.context(name, streams=STREAMS, landmark_dim=self.dim) as context:
             for seed, count in seeds:
                 self.append(context, seed, count)
+            return context.index.stats.bytes
 
-    def ask(self, store: Store, name: str) -> None:
-        """Read in a throwaway fork, as an answer does: append, search, fetch what was found."""
+    def ask(self, store: Store, name: str) -> int:
+        """Read in a throwaway fork, as an answer does: append, search, fetch what was found.
+
+        Returns the bytes of the index.
+        """
         with store.context(name) as context, context.fork() as fork:
             self.append(fork, 1, 50)
-            if not fork.sealed(0):
-                return
-            queries = self.landmarks_of(2, 1).repeat(1, 4, 1)
-            blocks, _ = fork.search(slice(None), queries, min(8, fork.sealed(0)))
-            store.fetch(fork.ids(slice(None), blocks.clamp(min=0)))
+            if fork.sealed(0):
+                queries = self.landmarks_of(2, 1).repeat(1, 4, 1)
+                blocks, _ = fork.search(slice(None), queries, min(8, fork.sealed(0)))
+                store.fetch(fork.ids(slice(None), blocks.clamp(min=0)))
+            return fork.index.stats.bytes
 
     def found_state(self, directory: Path, *states: State) -> State:
         """Open the store; return which of these states it is in, all of it checked."""

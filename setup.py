@@ -1,5 +1,6 @@
 """What is compiled when kvstore is installed; all else is said in pyproject.toml."""
 
+import sys
 from glob import glob
 
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
@@ -13,7 +14,6 @@ FLAGS = [
     "-fno-trapping-math",
     "-fno-signed-zeros",
     "-fassociative-math",
-    "-pthread",
 ]
 
 ParallelCompile().install()
@@ -25,7 +25,7 @@ setup(
             depends=sorted(glob(f"{package}/native/*.h")),
             cxx_std=17,
             extra_compile_args=FLAGS,
-            extra_link_args=["-pthread"],
+            libraries=["dl"] if sys.platform == "linux" else [],  # apart in older C libraries
         )
         for package in ("kvstore", "model")
     ]

@@ -36,7 +36,7 @@ constexpr std::int64_t CHUNK = 64;
 constexpr double LARGEST = 1e30;
 // Numbers of a landmark up to which sums of products of codes fit into int32.
 constexpr std::int64_t WIDEST = 32768;
-// Landmarks of a stream, on average, from which on another thread wakes in time to be of use.
+// Landmarks of a stream, on average, from which on streams are searched by several threads.
 constexpr std::int64_t SHARED = 4096;
 // Looking at the codes pays from so many landmarks on, for each that is wanted.
 constexpr std::int64_t WORTH = 16;

@@ -5,9 +5,8 @@
 
 namespace kvstore {
 
-// Do pieces 0, 1, ... of some work on up to so many threads, this one included, and return when all
-// are done. Other threads help if they wake in time; nobody waits for one that has not begun. What a
-// piece throws is thrown here, once all others are done or given up.
+// Do pieces 0, 1, ... of some work on torch's threads, of which there are so many, or on this one
+// alone where they cannot be had. What a piece throws is thrown here, when all others are done.
 void share(std::int64_t pieces, std::int64_t threads,
            const std::function<void(std::int64_t)>& piece);
 

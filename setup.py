@@ -21,8 +21,9 @@ setup(
     ext_modules=[
         Pybind11Extension(
             f"{package}._native",
-            sorted(glob(f"{package}/native/*.cpp")),
-            depends=sorted(glob(f"{package}/native/*.h")),
+            sorted({*glob(f"{package}/native/*.cpp"), "kvstore/native/share.cpp"}),
+            depends=sorted(glob("*/native/*.h")),
+            include_dirs=["."],
             cxx_std=17,
             extra_compile_args=FLAGS,
             libraries=["dl"] if sys.platform == "linux" else [],  # apart in older C libraries

@@ -6,6 +6,7 @@ def attend(
     slab: tuple[int, int, int, int],  # slots, B, D, Dv
     element: int,  # of the slab: 0 float32, 1 bfloat16, 2 float16
     each_placed: bool,  # queries [S, G, M, R, D], not [S, G, 1, R, D]
+    threads: int,
     q: int,  # this and what follows: addresses of contiguous arrays, 0: none; see attention.h
     cos: int,
     sin: int,

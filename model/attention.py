@@ -140,6 +140,7 @@ def _attend_in_place(
         (count, size, dim, width),
         _ELEMENTS[keys.dtype],
         each == (blocks,),
+        torch.get_num_threads(),
         *[0 if t is None else t.data_ptr() for t in given],
     )
     out, lse, weights = (torch.from_numpy(array) for array in results)

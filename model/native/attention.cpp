@@ -9,11 +9,14 @@
 #include <limits>
 #include <vector>
 
+#include "kvstore/native/share.h"
 #include "vector.h"
 
 namespace model {
 namespace {
 
+// Numbers attended to from which on several threads do it.
+constexpr std::int64_t SHARED = 1 << 15;
 constexpr float NONE = -std::numeric_limits<float>::infinity();
 constexpr std::int64_t LINE = 64;  // bytes
 
@@ -233,23 +236,35 @@ INLINE void attend_group(const Attention& a, std::int64_t at, Scratch& s) {
 }
 
 template <class T>
-INLINE void attend_all(const Attention& a) {
+INLINE void attend_some(const Attention& a, std::int64_t first, std::int64_t last) {
     Scratch scratch(a);
-    for (std::int64_t at = 0; at < a.streams * a.groups; at++) attend_group<T>(a, at, scratch);
+    for (std::int64_t at = first; at < last; at++) attend_group<T>(a, at, scratch);
 }
 
 }  // namespace
 
-MODEL_VECTOR void attend_float32(const Attention& a) { attend_all<float>(a); }
-MODEL_VECTOR void attend_bfloat16(const Attention& a) { attend_all<BFloat16>(a); }
-MODEL_VECTOR void attend_float16(const Attention& a) { attend_all<Float16>(a); }
+MODEL_VECTOR void attend_float32(const Attention& a, std::int64_t first, std::int64_t last) {
+    attend_some<float>(a, first, last);
+}
+MODEL_VECTOR void attend_bfloat16(const Attention& a, std::int64_t first, std::int64_t last) {
+    attend_some<BFloat16>(a, first, last);
+}
+MODEL_VECTOR void attend_float16(const Attention& a, std::int64_t first, std::int64_t last) {
+    attend_some<Float16>(a, first, last);
+}
 
-void attend(const Attention& a) {
-    switch (a.element) {
-        case Element::float32: return attend_float32(a);
-        case Element::bfloat16: return attend_bfloat16(a);
-        case Element::float16: return attend_float16(a);
-    }
+void attend(const Attention& a, std::int64_t threads) {
+    const std::int64_t groups = a.streams * a.groups;
+    const std::int64_t numbers = groups * a.blocks * a.size * (a.dim + a.out_dim);
+    const std::int64_t pieces = numbers < SHARED ? 1 : std::min(threads, groups);
+    kvstore::share(pieces, threads, [&](std::int64_t i) {
+        const std::int64_t first = groups * i / pieces, last = groups * (i + 1) / pieces;
+        switch (a.element) {
+            case Element::float32: return attend_float32(a, first, last);
+            case Element::bfloat16: return attend_bfloat16(a, first, last);
+            case Element::float16: return attend_float16(a, first, last);
+        }
+    });
 }
 
 }  // namespace model

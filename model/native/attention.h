@@ -28,6 +28,6 @@ struct Attention {
     float* weights;               // [S, G, M, R]
 };
 
-void attend(const Attention& a);
+void attend(const Attention& a, std::int64_t threads);
 
 }  // namespace model

@@ -19,9 +19,9 @@ using Floats = py::array_t<float>;
 using Address = std::uintptr_t;  // of a contiguous array that outlives the call; 0: none
 
 std::tuple<Floats, Floats, Floats> attend_checked(
-    const Shape& shape, const Shape& slab, int element, bool each_placed, Address q, Address cos,
-    Address sin, Address keys, Address values, Address slots, Address gate, Address landmarks,
-    Address local_out, Address local_lse) {
+    const Shape& shape, const Shape& slab, int element, bool each_placed, std::int64_t threads,
+    Address q, Address cos, Address sin, Address keys, Address values, Address slots, Address gate,
+    Address landmarks, Address local_out, Address local_lse) {
     const auto floats = [](Address at) { return reinterpret_cast<float*>(at); };
     Attention a;
     a.streams = shape[0], a.groups = shape[1], a.blocks = shape[2], a.rows = shape[3];
@@ -51,7 +51,7 @@ std::tuple<Floats, Floats, Floats> attend_checked(
     a.out = out.mutable_data(), a.lse = lse.mutable_data(), a.weights = weights.mutable_data();
     {
         py::gil_scoped_release release;
-        attend(a);
+        attend(a, threads);
     }
     return {out, lse, weights};
 }

@@ -491,3 +491,29 @@ def test_a_chunk_without_weight_leaves_the_others_alone(together: bool) -> None:
     assert keys.grad is not None
     assert keys.grad.isfinite().all()
     assert keys.grad[:, :5].abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_threads_give_the_same_bit_for_bit(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    q, gate = normal(3, 5, 1, 2, 64) / 8, normal(3, 5, 6, 2)
+    keys, values = (normal(90, 32, 64).to(dtype) for _ in "kv")
+    slots = torch.randperm(90, generator=generator).view(3, 5, 6)
+    slots[1, 2] = -1  # a group without blocks
+    local = normal(3, 5, 2, 64), normal(3, 5, 2)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = block_attention(q, keys, values, slots, gate, local)
+        for count in (2, 4, 7, 40):
+            torch.set_num_threads(count)
+            for mine, theirs in zip(
+                alone, block_attention(q, keys, values, slots, gate, local), strict=True
+            ):
+                assert torch.equal(mine, theirs)
+    finally:
+        torch.set_num_threads(threads)

@@ -3,6 +3,7 @@
 #include "tables.h"
 
 #include <algorithm>
+#include <cstring>
 #include <utility>
 #include <vector>
 
@@ -246,12 +247,20 @@ py::tuple sort_victims(const Int64s& slots, const Int64s& block, const Int32s& w
 py::tuple next_spare(const Bools& spare, const Bools& pinned, std::int64_t start, std::int64_t n) {
     check_length(pinned, spare.size());
     std::vector<std::int64_t> found;
-    const std::int64_t slots = spare.size();
-    std::int64_t slot = slots ? start % slots : 0;
-    for (std::int64_t left = slots; left && static_cast<std::int64_t>(found.size()) < n; left--) {
-        if (spare.data()[slot] && !pinned.data()[slot]) found.push_back(slot);
-        if (++slot == slots) slot = 0;
-    }
+    const std::int64_t slots = spare.size(), begin = slots ? start % slots : 0;
+    std::int64_t slot = begin;
+    // Where few are spare, as in a large tier, most of this is looking for the next one.
+    const auto look = [&](std::int64_t from, std::int64_t to) {
+        while (from < to && static_cast<std::int64_t>(found.size()) < n) {
+            const void* next = std::memchr(spare.data() + from, true, to - from);
+            if (!next) return;
+            from = static_cast<const bool*>(next) - spare.data() + 1;
+            if (!pinned.data()[from - 1]) found.push_back(from - 1), slot = from % slots;
+        }
+    };
+    look(begin, slots);
+    look(0, begin);
+    if (static_cast<std::int64_t>(found.size()) < n) slot = begin;
     return py::make_tuple(made_of(found), slot);
 }
 

@@ -71,25 +71,29 @@ def any_json(rng: random.Random, depth: int = 0) -> Any:
     return {rng.choice(STRINGS): any_json(rng, depth + 1) for _ in range(rng.randrange(4))}
 
 
-def places(value: Any) -> list[tuple[Any, Any]]:
-    """Every place in a JSON value: what holds it, and its key or number there."""
-    found: list[tuple[Any, Any]] = []
-    todo = [value]
+def any_place(rng: random.Random, root: Any) -> tuple[Any, Any] | None:
+    """A place in a JSON value, each as likely: what holds it, and its key or number there."""
+    holders: list[Any] = []
+    todo = [root]
     while todo:
         holder = todo.pop()
-        keys = holder if isinstance(holder, dict) else range(len(holder))
-        for key in list(keys):
-            found.append((holder, key))
-            if isinstance(holder[key], (dict, list)):
-                todo.append(holder[key])
-    return found
+        holders.append(holder)
+        values = holder.values() if isinstance(holder, dict) else holder
+        todo += [value for value in values if isinstance(value, (dict, list))]
+    sizes = [len(holder) for holder in holders]
+    if not any(sizes):
+        return None
+    holder = rng.choices(holders, sizes)[0]
+    return holder, rng.choice(list(holder) if isinstance(holder, dict) else range(len(holder)))
 
 
 def change_json(rng: random.Random, root: Any) -> None:
     """Change a JSON object or list in one place."""
+    holder: Any
+    key: Any
     # Half of the time from the top down, where one place of few is chosen: lists are long.
     if rng.random() < 0.5:
-        holder, key = rng.choice(places(root) or [({"": 0}, "")])
+        holder, key = any_place(rng, root) or ({"": 0}, "")
     else:
         holder, key = {"": root}, ""
         while isinstance(holder[key], (dict, list)) and holder[key]:
@@ -112,7 +116,7 @@ def change_json(rng: random.Random, root: Any) -> None:
     elif kind == 6 and isinstance(value, list):
         value.extend(any_json(rng) for _ in range(rng.randrange(1, 5)))
     elif kind == 7:
-        a, b = rng.choice(places(root) or [(holder, key)])
+        a, b = any_place(rng, root) or (holder, key)
         holder[key] = json.loads(json.dumps(a[b])) if value is not root else value
     elif isinstance(value, list) and len(value) > 1:
         rng.shuffle(value)

@@ -21,8 +21,8 @@ setup(
     ext_modules=[
         Pybind11Extension(
             f"{package}._native",
-            sorted({*glob(f"{package}/native/*.cpp"), "kvstore/native/share.cpp"}),
-            depends=sorted(glob("*/native/*.h")),
+            sorted(glob(f"{package}/native/*.cpp")),
+            depends=[*sorted(glob("*/native/*.h")), "kvstore/native/share.cpp"],
             include_dirs=["."],
             cxx_std=17,
             extra_compile_args=FLAGS,

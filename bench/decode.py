@@ -33,7 +33,7 @@ from model.landmark_stream import Groups, LandmarkStream
 from model.module_parser import device
 
 RUNS = ("as it comes", "all hits")
-"""The same bytes are decoded twice: the second time over, everything is hot."""
+"""The same bytes are decoded twice: the second time over all is hot, where hot holds as much."""
 
 
 def pair(first: Callable[[], object], second: Callable[[], object], n: int) -> tuple[float, float]:

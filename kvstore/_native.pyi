@@ -133,4 +133,5 @@ def gather(
     shape: Sequence[int],
     dim: int,
 ) -> NDArray[np.float32]: ...  # [*shape, dim]
+def can_share() -> bool: ...  # whether top_k can use torch's threads
 def finite(numbers: int, count: int) -> bool: ...  # the address of float32

@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import xxhash
 
 MOST_BYTES = 2**30
 _CHUNK = 2**22
+
+# Two contexts may build the same graph, each on a thread of its own; of processes only one writes.
+_changing = threading.Lock()
 
 
 class GraphFiles:
@@ -43,9 +46,10 @@ class GraphFiles:
 
     def damaged(self) -> list[Path]:
         """Return the files that are not what was written."""
-        found = sorted(self._directory.glob("*.hnsw"))
-        # One that has gone meanwhile had to make room.
-        return [path for path in found if self.find(path.stem) is None and path.exists()]
+        with _changing:
+            found = sorted(self._directory.glob("*.hnsw"))
+            # One that has gone meanwhile had to make room for another process's.
+            return [path for path in found if self.find(path.stem) is None and path.exists()]
 
     def remove(self, path: Path) -> None:
         """Remove a file; what it held is built anew when it is needed."""
@@ -57,33 +61,27 @@ class GraphFiles:
         if not self._writable:
             return
         path = self._directory / f"{key}.hnsw"
-        try:
-            self._directory.mkdir(mode=0o700, exist_ok=True)
-            with self._partial() as graph, self._partial() as total:
-                save(str(graph))
-                total.write_bytes(_digest(graph))
+        partial, total = path.with_suffix(".partial"), path.with_suffix(".total")
+        with _changing:
+            try:
+                self._directory.mkdir(mode=0o700, exist_ok=True)
+                for each in (partial, total):
+                    os.close(os.open(each, os.O_WRONLY | os.O_CREAT, 0o600))
+                save(str(partial))
+                total.write_bytes(_digest(partial))
                 # First: a graph without its sum would be taken for a damaged one.
                 total.replace(path.with_suffix(".sum"))
-                graph.replace(path)
-            self._make_room()
-        except (OSError, RuntimeError):
-            pass  # as if it had not been asked for
-
-    @contextlib.contextmanager
-    def _partial(self) -> Iterator[Path]:
-        """Make a file that only this call writes to: two contexts may build the same graph."""
-        handle, name = tempfile.mkstemp(f".{os.getpid()}", dir=self._directory)
-        os.close(handle)
-        try:
-            yield Path(name)
-        finally:
-            with contextlib.suppress(OSError):
-                os.unlink(name)
+                partial.replace(path)
+                self._make_room()
+            except (OSError, RuntimeError):
+                with contextlib.suppress(OSError):
+                    partial.unlink(missing_ok=True)
+                    total.unlink(missing_ok=True)
 
     def _make_room(self) -> None:
         for path in self._directory.iterdir():
-            if path.suffix not in (".hnsw", ".sum", f".{os.getpid()}"):
-                path.unlink()  # left by a process that was killed: one at a time may write
+            if path.suffix not in (".hnsw", ".sum"):
+                path.unlink()  # left by a process that was killed
         found = [(path.stat(), path) for path in self._directory.glob("*.hnsw")]
         found.sort(key=lambda each: each[0].st_mtime_ns)
         total = sum(each.st_size for each, _ in found)

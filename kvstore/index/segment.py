@@ -76,11 +76,9 @@ class Segment:
         try:
             rows = self._lengthen(stack(self._views))
             key = self._key(rows) if self._files else ""
-            path = self._files.find(key) if self._files else None
-            graph = hnswlib.Index("l2", rows.shape[1])
-            if path:
-                graph.load_index(str(path), max_elements=len(rows))
-            else:
+            graph = self._load(key, rows)
+            if graph is None:
+                graph = hnswlib.Index("l2", rows.shape[1])
                 self._insert(graph, rows, called_off)
                 if self._files:
                     self._files.keep(key, graph.save_index)
@@ -93,6 +91,17 @@ class Segment:
         finally:
             self._views = ()
             self._done.set()
+
+    def _load(self, key: str, rows: NDArray[np.float32]) -> hnswlib.Index | None:
+        path = self._files.find(key) if self._files else None
+        if path is None:
+            return None
+        graph = hnswlib.Index("l2", rows.shape[1])
+        try:
+            graph.load_index(str(path), max_elements=len(rows))
+        except RuntimeError:  # it had to make room just now
+            return None
+        return graph
 
     def _insert(
         self, graph: hnswlib.Index, rows: NDArray[np.float32], called_off: threading.Event

@@ -464,6 +464,7 @@ void bind_search(py::module_& module) {
                py::arg("query"), py::arg("dim"), py::arg("k"));
     module.def("gather", &gather, py::arg("pages"), py::arg("streams"), py::arg("counts"),
                py::arg("blocks"), py::arg("shape"), py::arg("dim"));
+    module.def("can_share", &can_share);
     module.def("finite", &finite, py::arg("numbers"), py::arg("count"));
 }
 

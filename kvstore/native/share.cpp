@@ -16,10 +16,14 @@ namespace {
 // that can stand for it. `function` runs on so many threads, and all are waited for.
 using Parallel = void (*)(void (*function)(void*), void* data, unsigned threads, unsigned flags);
 
-// That of the OpenMP library that torch has loaded; null if it is another one.
+// That of the OpenMP library that torch uses, whatever its name: looked for in what torch is linked
+// with. Null if it has none of GCC's interface.
 Parallel parallel() {
-    void* library = dlopen("libgomp.so.1", RTLD_LAZY | RTLD_NOLOAD);
-    return library ? reinterpret_cast<Parallel>(dlsym(library, "GOMP_parallel")) : nullptr;
+    static const Parallel found = [] {
+        void* torch = dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD);
+        return torch ? reinterpret_cast<Parallel>(dlsym(torch, "GOMP_parallel")) : nullptr;
+    }();
+    return found;
 }
 
 // A process that was forked since has none of the threads, and libgomp would wait for them.
@@ -57,13 +61,14 @@ class Work {
 
 }  // namespace
 
+bool can_share() { return parallel() != nullptr; }
+
 void share(std::int64_t pieces, std::int64_t threads,
            const std::function<void(std::int64_t)>& piece) {
-    static const Parallel run = parallel();
     Work work(pieces, piece);
-    if (run && pieces > 1 && threads > 1 && getpid() == loaded_by) {
+    if (pieces > 1 && threads > 1 && getpid() == loaded_by && parallel()) {
         // All of torch's threads, needed or not: for another number libgomp ends and starts some.
-        run(Work::help, &work, static_cast<unsigned>(threads), 0);
+        parallel()(Work::help, &work, static_cast<unsigned>(threads), 0);
     } else {
         Work::help(&work);
     }

@@ -10,4 +10,7 @@ namespace kvstore {
 void share(std::int64_t pieces, std::int64_t threads,
            const std::function<void(std::int64_t)>& piece);
 
+// Whether torch's threads can be had: where torch is loaded, with an OpenMP of GCC's interface.
+bool can_share();
+
 }  // namespace kvstore

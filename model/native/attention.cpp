@@ -256,7 +256,8 @@ MODEL_VECTOR void attend_float16(const Attention& a, std::int64_t first, std::in
 void attend(const Attention& a, std::int64_t threads) {
     const std::int64_t groups = a.streams * a.groups;
     const std::int64_t numbers = groups * a.blocks * a.size * (a.dim + a.out_dim);
-    const std::int64_t pieces = numbers < SHARED ? 1 : std::min(threads, groups);
+    const std::int64_t pieces =
+        numbers < SHARED ? 1 : std::max<std::int64_t>(1, std::min(threads, groups));
     kvstore::share(pieces, threads, [&](std::int64_t i) {
         const std::int64_t first = groups * i / pieces, last = groups * (i + 1) / pieces;
         switch (a.element) {

@@ -50,7 +50,7 @@ from kvstore.verify import repair, verify
 STEPS: dict[str, tuple[type, str]] = {
     "commit": (DiskTier, "_commit"),
     "growth of the map": (DiskTier, "_grow"),
-    "write of blocks": (DiskTier, "write_frames"),
+    "write of blocks": (DiskTier, "write_packs"),
     "deletion": (DiskTier, "delete"),
     "promotion": (Mover, "promote"),
     "eviction": (Mover, "_evict"),

@@ -7,14 +7,17 @@ its error, never by raising in its thread.
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvstore.residency import Ids
 from kvstore.tiers.disk import DiskTier
+from kvstore.tiers.pack import Packs, chain_packs
 from kvstore.tiers.slots import Buffer, Slots, SlotTier
 
 
@@ -40,61 +43,53 @@ class Job:
 
     def run(self) -> None:
         """Do it, if nobody has begun."""
-        if self._claim.acquire(blocking=False):
-            self._attempt(self._do)
-
-    def _attempt(self, part: Callable[[], bool]) -> None:
-        """Do a part of it, which says whether another thread goes on with it."""
-        goes_on = False
+        if not self._claim.acquire(blocking=False):
+            return
         try:
-            goes_on = part()
+            goes_on = self._do()
         except BaseException as error:  # whatever it is, the owner has to hear of it
-            self.error = error
-        finally:
+            self.end(error)
+        else:
             if not goes_on:
-                self._finished.set()
+                self.end()
+
+    def end(self, error: BaseException | None = None) -> None:
+        """Let the owner know that it is done, or why it could not be."""
+        self.error = error
+        self._finished.set()
 
     def _do(self) -> bool:
+        """Do it, or what this thread does of it; returns whether another one goes on."""
         raise NotImplementedError
 
 
 class WriteJob(Job):
-    """Copy blocks from warm to disk, in one transaction.
+    """Copy blocks from warm to disk, all or none.
 
     They are compressed on the thread that runs the job, and committed by the committer: while it
     waits for the disk the next ones are compressed.
 
-    ids, slots: int64 [n]; the owner keeps the slots pinned meanwhile.
+    ids, slots: int64 [n]; the owner keeps the slots pinned meanwhile. packs: the blocks compressed.
     locations: int64 [n], the result.
     """
 
     def __init__(
-        self,
-        disk: DiskTier,
-        warm: SlotTier,
-        committer: Crew,
-        ids: Ids,
-        slots: Slots,
+        self, disk: DiskTier, warm: SlotTier, committer: Committer, ids: Ids, slots: Slots
     ) -> None:
         super().__init__()
         self.ids = ids
         self.slots = slots
+        self.packs = Packs([], [])
         self.locations: NDArray[np.int64] = np.empty(0, np.int64)
         self._disk = disk
         self._warm = warm
         self._committer = committer
-        self._frames: list[bytes] = []
 
     def _do(self) -> bool:
         assert self._warm.rows is not None, "warm is host memory"
-        self._frames = self._disk.encode(self.ids, self._warm.rows, self.slots)
-        self._committer.call(lambda: self._attempt(self._commit))
+        self.packs = self._disk.encode(self.ids, self._warm.rows, self.slots)
+        self._committer.submit(self)
         return True
-
-    def _commit(self) -> bool:
-        frames, self._frames = self._frames, []
-        self.locations = self._disk.write_frames(self.ids, frames)
-        return False
 
 
 class ReadJob(Job):
@@ -134,3 +129,50 @@ class Crew:
     def close(self) -> None:
         """Let what runs end, drop what has not begun."""
         self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+class Committer:
+    """Commits what was compressed on a thread of its own, all that waits in one transaction.
+
+    So the slower a disk is to say that something is on it, the more goes there at once.
+    """
+
+    def __init__(self, disk: DiskTier) -> None:
+        self._disk = disk
+        self._crew = Crew("kvstore-commit", 1)
+        self._waiting: deque[WriteJob] = deque()
+
+    def submit(self, job: WriteJob) -> None:
+        """Commit a job's blocks soon; the job ends then."""
+        self._waiting.append(job)
+        self._crew.call(self._commit_waiting)
+
+    def close(self) -> None:
+        """Let a transaction that has begun end, drop what has not."""
+        self._crew.close()
+
+    def _commit_waiting(self) -> None:
+        jobs = []
+        while self._waiting:
+            jobs.append(self._waiting.popleft())
+        if jobs:
+            self._commit(jobs)
+
+    def _commit(self, jobs: list[WriteJob]) -> None:
+        ids = np.concatenate([job.ids for job in jobs])
+        try:
+            locations = self._disk.write_packs(ids, chain_packs([job.packs for job in jobs]))
+        except BaseException as error:  # whatever it is, the owner has to hear of it
+            if len(jobs) == 1:
+                jobs[0].end(error)
+                return
+            # There may be room for some of them.
+            for job in jobs:
+                self._commit([job])
+            return
+        for job, first in zip(
+            jobs, accumulate((len(job.ids) for job in jobs), initial=0), strict=False
+        ):
+            job.packs = Packs([], [])
+            job.locations = locations[first : first + len(job.ids)]
+            job.end()

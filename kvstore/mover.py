@@ -133,33 +133,41 @@ class Mover:
         Yields hot slots, part by part; the caller pins them before it goes on. CorruptBlockError
         where a block on disk is damaged; what came before it is in place.
         """
-        in_warm, sources, ids = _native.split(ids, self.residency.warm)
+        in_warm, sources, on_disk = _native.split(ids, self.residency.warm)
+        if len(on_disk) and self.hot_slab.rows is not None:
+            yield self._promote_and_read(in_warm, sources, on_disk, self.hot_slab.rows)
+            return
         if len(in_warm):
             yield self.promote(in_warm, sources)
-        if len(ids) and self.hot_slab.rows is not None:
-            yield self._read(ids, self.hot_slab.rows)
-            return
-        for start in range(0, len(ids), self._staging.blocks):
-            part = ids[start : start + self._staging.blocks]
+        for start in range(0, len(on_disk), self._staging.blocks):
+            part = on_disk[start : start + self._staging.blocks]
             assert self.disk is not None
             rows = self._staging.rows(len(part))
             self.disk.read(part, self.residency.cold[part], rows)
             yield self.land(part, rows, self._staging)
 
-    def _read(self, ids: Ids, slab: Rows) -> Slots:
-        """Read blocks from disk right into hot slots, where these are host memory."""
+    def _promote_and_read(self, in_warm: Ids, sources: Slots, on_disk: Ids, slab: Rows) -> Slots:
+        """Copy blocks from warm and read others from disk right into hot, which is host memory.
+
+        Room for both is made at once: for a few blocks that takes longer than to copy them.
+        """
         assert self.disk is not None
-        slots, stuck = self._make_hot_room(len(ids))
-        assert not len(stuck), "every block has a place beside hot"
+        free, stuck = self._make_room_beside(sources, len(on_disk))
+        promoted = len(in_warm) - len(stuck)
+        assert promoted >= 0, "every block has a place beside hot"
+        slots = free[promoted:]
+        lifted = _NONE
+        if len(in_warm):
+            lifted = self._lift(in_warm, sources, free[:promoted], stuck)
         try:
-            self.disk.read(ids, self.residency.cold[ids], slab, slots)
+            self.disk.read(on_disk, self.residency.cold[on_disk], slab, slots)
         except BaseException:
             self.hot.give_back(slots)
             raise
-        self._arrive(ids, slots)
-        self._stats.hot.promotions += len(ids)
-        self._stats.cold.bytes_out += len(ids) * self._nbytes
-        return slots
+        self._arrive(on_disk, slots)
+        self._stats.hot.promotions += len(on_disk)
+        self._stats.cold.bytes_out += len(on_disk) * self._nbytes
+        return np.concatenate((lifted, slots)) if len(lifted) else slots
 
     def land(self, ids: Ids, rows: Rows, buffer: Buffer) -> Slots:
         """Place blocks that were read from disk in hot, for which there is room.
@@ -179,9 +187,20 @@ class Mover:
 
         Returns their slots, in any order.
         """
-        # Out of the order now, so that making room does not choose them.
-        self.warm.policy.release(sources)
-        free, stuck = self._make_hot_room(len(ids))
+        return self._lift(ids, sources, *self._make_room_beside(sources))
+
+    def _make_room_beside(self, sources: Slots, more: int = 0) -> tuple[Slots, Slots]:
+        """Make room in hot for blocks in these warm slots and for some more; see _make_hot_room."""
+        if len(sources):
+            # Out of the order now, so that making room does not choose them.
+            self.warm.policy.release(sources)
+        return self._make_hot_room(len(sources) + more)
+
+    def _lift(self, ids: Ids, sources: Slots, free: Slots, stuck: Slots) -> Slots:
+        """Copy blocks from warm slots to empty hot slots, or let them change places with others.
+
+        Returns their slots, in any order.
+        """
         swapped = len(stuck)
         if swapped:
             # With a disk tier at least so many have a copy there, and these are not being written.
@@ -235,21 +254,19 @@ class Mover:
         )
         self._settle_spare(below)
         stuck = None
-        wanted = len(victims) - len(below)
         lowered = 0
-        if wanted:
-            lowered = self._lower(*sole)
+        if len(below) < len(victims):
+            places = self._lower(*sole)
+            lacking = sole[1][len(places) :]
             # A copy on disk would do, but what was wanted in hot is soon wanted again: dropping it
             # here left warm as it was after the last put, and cost 1.6 times (Zipf) to 5 times (a
             # drifting working set) the reads from disk.
-            lowered += self._lower(*saved)
-            lowest = np.concatenate((sole[0], saved[0])) if len(sole[0]) else saved[0]
-            _, places, lacking = _native.split(lowest, residency.warm)
-            warm.policy.admit(places)
+            for more in (places, self._lower(*saved)):
+                warm.policy.admit(more)
+                lowered += len(more)
             if len(lacking):
-                stuck = np.isin(victims, sole[1][residency.warm[sole[0]] < 0])
+                stuck = np.isin(victims, lacking)
                 victims = victims[~stuck]
-                stuck = stuck if stuck.any() else None
         ids = _native.leave(victims, hot.block, residency.hot, hot.spare, hot.sole)
         self._stats.hot.demotions += lowered
         self._stats.hot.evictions += len(ids) - lowered
@@ -263,13 +280,13 @@ class Mover:
             # At once: while room is made for others, those with a copy on disk may have to go.
             self.warm.policy.admit(places)
 
-    def _lower(self, ids: Ids, slots: Slots) -> int:
+    def _lower(self, ids: Ids, slots: Slots) -> Slots:
         """Copy blocks from hot slots to warm, the first of them, as far as room can be made.
 
-        Returns how many. Their warm slots are not in the eviction order yet.
+        Returns their warm slots, which are not in the eviction order yet.
         """
         if not len(ids) or not self.warm.slots:
-            return 0
+            return _NONE
         room = self._make_warm_room(len(ids))
         ids, slots = ids[: len(room)], slots[: len(room)]
         copy_slots(self.hot_slab, slots, self.warm_slab, room, self._hops)
@@ -278,7 +295,7 @@ class Mover:
         nbytes = len(ids) * self._nbytes
         self._stats.hot.bytes_out += nbytes
         self._stats.warm.bytes_in += nbytes
-        return len(ids)
+        return room
 
     def _make_warm_room(self, n: int) -> Slots:
         """Take at most n warm slots: free ones, then spare copies, then the policy's victims among
@@ -338,9 +355,7 @@ class Mover:
         only_hot = self.residency.warm[ids] < 0
         if only_hot.any():
             high = ids[only_hot]
-            self._lower(high, self.residency.hot[high].astype(np.int64))
-            slots = self.residency.warm[high]
-            self.warm.spare[slots[slots >= 0]] = True
+            self.warm.spare[self._lower(high, self.residency.hot[high].astype(np.int64))] = True
         has_copy: NDArray[np.bool_] = self.residency.warm[ids] >= 0
         return has_copy
 

@@ -34,7 +34,7 @@ from kvstore.errors import (
 )
 from kvstore.guard import Guard
 from kvstore.heap import keep_together
-from kvstore.jobs import Crew
+from kvstore.jobs import Committer, Crew
 from kvstore.lookups import Lookups, Pin
 from kvstore.mover import Mover
 from kvstore.prefetch import Prefetch
@@ -113,7 +113,7 @@ class Store:
             self._prefetch: Prefetch | None = None
             if disk is not None:
                 writers, reader = Crew("kvstore-write", config.workers), Crew("kvstore-read", 1)
-                committer = Crew("kvstore-commit", 1)
+                committer = Committer(disk)
                 stack.callback(committer.close)  # after those who pass their work on to it
                 stack.callback(writers.close)
                 stack.callback(reader.close)

@@ -11,7 +11,7 @@ import numpy as np
 
 from kvstore.config import StoreConfig
 from kvstore.errors import KVStoreError, StoreFullError, WriteFailedError
-from kvstore.jobs import Crew, WriteJob
+from kvstore.jobs import Committer, Crew, WriteJob
 from kvstore.mover import Mover
 from kvstore.residency import Ids
 from kvstore.stats import StoreStats
@@ -44,7 +44,7 @@ class Writer:
         disk: DiskTier,
         config: StoreConfig,
         crew: Crew,
-        committer: Crew,
+        committer: Committer,
         stats: StoreStats,
     ) -> None:
         self._read_only = config.read_only

@@ -4,7 +4,9 @@
 
 #include <algorithm>
 #include <cstring>
+#include <deque>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "array.h"
@@ -28,6 +30,13 @@ class View {
    private:
     Py_buffer buffer_;
 };
+
+// Bytes that the caller fills before anybody else sees them.
+py::bytes uninitialized(std::size_t size) {
+    PyObject* made = PyBytes_FromStringAndSize(nullptr, static_cast<py::ssize_t>(size));
+    if (!made) throw py::error_already_set();
+    return py::reinterpret_steal<py::bytes>(made);
+}
 
 // One plane of one block.
 struct Merge {
@@ -174,43 +183,67 @@ py::list make_frames(const Int64s& ids, const py::bytes& common, const Bytes& bl
     }
     const std::string_view shared = common, header = zstd_header;
     const std::size_t parts = (raw + MOST - 1) / MOST, head = 16 + shared.size() + 4;
-    py::list frames(count);
+    std::deque<View> ends;
+    std::vector<py::bytes> frames;
+    std::vector<std::pair<char*, std::size_t>> places;
     for (py::ssize_t i = 0; i < count; i++) {
-        const py::object held = tops[i];
-        const View top(held);
-        if (top.size() < skip) throw py::value_error("a zstd frame is too short");
-        const std::size_t payload = header.size() + 3 * parts + raw + top.size() - skip;
-        py::object frame = py::reinterpret_steal<py::object>(
-            PyBytes_FromStringAndSize(nullptr, static_cast<py::ssize_t>(head + payload)));
-        if (!frame) throw py::error_already_set();
-        char* at = PyBytes_AS_STRING(frame.ptr());
-        char* const start = at;
-        const auto put = [&at](const void* data, std::size_t size) {
-            std::memcpy(at, data, size);
-            at += size;
-        };
-        const std::uint64_t unknown = 0;
-        const auto size = static_cast<std::uint32_t>(payload);
-        put(&unknown, sizeof unknown);
-        put(&ids.data()[i], sizeof(std::int64_t));
-        put(shared.data(), shared.size());
-        put(&size, sizeof size);
-        put(header.data(), header.size());
-        const std::uint8_t* block = blocks.data() + blocks.shape(1) * i;
-        for (std::size_t first = 0; first < raw; first += MOST) {
-            const std::size_t part = std::min(MOST, raw - first);
-            const auto raw_header = static_cast<std::uint32_t>(part << 3);
-            put(&raw_header, 3);
-            put(block + first, part);
+        const py::object top = tops[i];
+        ends.emplace_back(top);
+        if (ends.back().size() < skip) throw py::value_error("a zstd frame is too short");
+        const std::size_t size = head + header.size() + 3 * parts + raw + ends.back().size() - skip;
+        frames.push_back(uninitialized(size));
+        places.emplace_back(PyBytes_AS_STRING(frames.back().ptr()), size);
+    }
+    {
+        py::gil_scoped_release release;  // copies of megabytes would keep all other threads waiting
+        for (py::ssize_t i = 0; i < count; i++) {
+            auto [at, nbytes] = places[i];
+            const auto put = [&at = at](const void* data, std::size_t size) {
+                std::memcpy(at, data, size);
+                at += size;
+            };
+            const std::uint64_t unknown = 0;
+            const auto payload = static_cast<std::uint32_t>(nbytes - head);
+            put(&unknown, sizeof unknown);
+            put(&ids.data()[i], sizeof(std::int64_t));
+            put(shared.data(), shared.size());
+            put(&payload, sizeof payload);
+            put(header.data(), header.size());
+            const std::uint8_t* block = blocks.data() + blocks.shape(1) * i;
+            for (std::size_t first = 0; first < raw; first += MOST) {
+                const std::size_t part = std::min(MOST, raw - first);
+                const auto raw_header = static_cast<std::uint32_t>(part << 3);
+                put(&raw_header, 3);
+                put(block + first, part);
+            }
+            put(ends[i].data() + skip, ends[i].size() - skip);
         }
-        put(top.data() + skip, top.size() - skip);
+    }
+    for (const auto& [start, size] : places) {
         const py::memoryview body =
-            py::memoryview::from_memory(start + 8, static_cast<py::ssize_t>(head + payload - 8));
+            py::memoryview::from_memory(start + 8, static_cast<py::ssize_t>(size - 8));
         const std::uint64_t checksum = py::cast<std::uint64_t>(hash(body));
         std::memcpy(start, &checksum, sizeof checksum);
-        frames[i] = frame;
     }
-    return frames;
+    return py::cast(frames);
+}
+
+// All bytes of these in a row.
+py::bytes join(const py::sequence& parts) {
+    std::deque<View> views;
+    std::size_t size = 0;
+    for (const py::handle part : parts) {
+        views.emplace_back(part);
+        size += views.back().size();
+    }
+    py::bytes joined = uninitialized(size);
+    char* at = PyBytes_AS_STRING(joined.ptr());
+    py::gil_scoped_release release;
+    for (const View& view : views) {
+        std::memcpy(at, view.data(), view.size());
+        at += view.size();
+    }
+    return joined;
 }
 
 py::object slice(const py::handle& object, std::size_t first, std::size_t last) {
@@ -276,6 +309,7 @@ void bind_planes(py::module_& module) {
     module.def("make_frames", &make_frames, given("ids"), given("common"), given("blocks"),
                py::arg("raw"), given("tops"), py::arg("skip"), given("zstd_header"),
                py::arg("hash"));
+    module.def("join", &join, py::arg("parts"));
     module.def("open_frames", &open_frames, given("frames"), given("ids"), given("common"),
                py::arg("hash"));
     module.def("cut_frames", &cut_frames, given("packs"), given("which"), given("places"));

@@ -41,10 +41,11 @@ from kvstore.tiers import lock
 from kvstore.tiers.pack import (
     INDEX_BITS,
     Locations,
+    Packs,
     by_pack,
-    cut_packs,
     frame_at,
     join_frames,
+    pack_up,
 )
 from kvstore.tiers.tree import Entries, commits, fault_of
 
@@ -152,29 +153,29 @@ class DiskTier:
         ids: int64 [n]. planes: one uint8 [n, plane.nbytes] a plane, rows contiguous. Raises
         StoreFullError, with nothing stored, where the capacity or the disk does not suffice.
         """
-        return self.write_frames(ids, self.encode(ids, planes))
+        return self.write_packs(ids, self.encode(ids, planes))
 
     def encode(
         self,
         ids: Ids,
         planes: Sequence[Bytes2D],
         rows: npt.NDArray[np.int64] | None = None,
-    ) -> list[bytes]:
-        """Compress blocks to what `write_frames` takes.
+    ) -> Packs:
+        """Compress blocks to what `write_packs` takes.
 
         ids, planes: as of `write`, or with `rows`, int64 [n], planes of any number of rows, of
         which these are the blocks.
         """
         with self._operation():
-            return self._codec.encode(ids, planes, rows)
+            return pack_up(self._codec.encode(ids, planes, rows), _PACK_BYTES)
 
-    def write_frames(self, ids: Ids, frames: list[bytes]) -> Locations:
+    def write_packs(self, ids: Ids, packs: Packs) -> Locations:
         """Store blocks that are compressed already; returns and raises as `write` does."""
         with self._operation():
-            if not frames:
+            if not len(ids):
                 return np.empty(0, np.int64)
             with self._changing:
-                return self._commit_packs(ids, frames)
+                return self._commit_packs(ids, packs)
 
     def read(
         self,
@@ -585,35 +586,37 @@ class DiskTier:
 
     # Changing
 
-    def _commit_packs(self, ids: Ids, frames: list[bytes]) -> Locations:
-        sizes = np.array([len(frame) for frame in frames])
-        locations = np.empty(len(frames), np.int64)
+    def _commit_packs(self, ids: Ids, packs: Packs) -> Locations:
+        locations = np.empty(len(ids), np.int64)
 
         def plan(pack_bytes: int) -> _Change:
-            packs = []
-            for number, (first, last) in enumerate(cut_packs(sizes, pack_bytes), self._next_pack):
-                key = _key(number)
-                packs.append(
-                    (key, join_frames(frames[first:last]), _seal(key, _int64(ids[first:last])))
-                )
-                locations[first:last] = number << INDEX_BITS | np.arange(last - first)
+            some = packs if pack_bytes == _PACK_BYTES else packs.cut(pack_bytes)
+            entries = []
+            first = 0
+            for number, (value, count) in enumerate(
+                zip(some.values, some.counts, strict=True), self._next_pack
+            ):
+                key, last = _key(number), first + count
+                entries.append((key, value, _seal(key, _int64(ids[first:last]))))
+                locations[first:last] = number << INDEX_BITS | np.arange(count)
+                first = last
             added = sum(
-                self._pages_of(len(pack)) + len(members) // 2048 + 1 for _, pack, members in packs
+                self._pages_of(len(value)) + len(members) // 2048 + 1
+                for _, value, members in entries
             )
 
             def change(transaction: lmdb.Transaction) -> None:
                 self._require(transaction, added)
-                self._next_pack += len(packs)
-                self._blocks += len(frames)
-                for key, pack, members in packs:
-                    transaction.put(key, pack, db=self._packs, append=True)
+                self._next_pack += len(entries)
+                self._blocks += len(ids)
+                for key, value, members in entries:
+                    transaction.put(key, value, db=self._packs, append=True)
                     transaction.put(key, members, db=self._directory, append=True)
 
             return change
 
-        nbytes = int(sizes.sum())
-        what = f"{len(frames)} blocks, {nbytes} B compressed,"
-        self._change(plan, self._pages_of(nbytes), what)
+        what = f"{len(ids)} blocks, {packs.nbytes} B compressed,"
+        self._change(plan, self._pages_of(packs.nbytes), what)
         return locations
 
     def _delete_members(

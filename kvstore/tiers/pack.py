@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from kvstore import _native
 from kvstore.errors import CorruptBlockError
 
 Locations = npt.NDArray[np.int64]
@@ -19,6 +21,50 @@ INDEX_BITS = 16
 """Of a location, for the place in the pack; the others are the pack's number."""
 
 _bounds = struct.Struct("<II").unpack_from
+
+
+@dataclass(frozen=True)
+class Packs:
+    """Frames in a row, joined into values.
+
+    counts: how many frames each value has.
+    """
+
+    values: list[bytes]
+    counts: list[int]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all values."""
+        return sum(map(len, self.values))
+
+    def cut(self, pack_bytes: int) -> Packs:
+        """The same frames in packs of another size."""
+        return pack_up(
+            [
+                frame_at(memoryview(value), 4 * place)
+                for value, count in zip(self.values, self.counts, strict=True)
+                for place in range(count)
+            ],
+            pack_bytes,
+        )
+
+
+def chain_packs(packs: Sequence[Packs]) -> Packs:
+    """All these packs in a row."""
+    return Packs(
+        [value for some in packs for value in some.values],
+        [count for some in packs for count in some.counts],
+    )
+
+
+def pack_up(frames: Sequence[bytes | memoryview], pack_bytes: int) -> Packs:
+    """Join frames into packs of at least `pack_bytes`, as far as they go."""
+    parts = cut_packs(np.array([len(frame) for frame in frames], np.int64), pack_bytes)
+    return Packs(
+        [join_frames(frames[first:last]) for first, last in parts],
+        [last - first for first, last in parts],
+    )
 
 
 def cut_packs(sizes: npt.NDArray[np.int64], pack_bytes: int) -> list[tuple[int, int]]:
@@ -35,12 +81,12 @@ def cut_packs(sizes: npt.NDArray[np.int64], pack_bytes: int) -> list[tuple[int, 
     return parts
 
 
-def join_frames(frames: Sequence[bytes]) -> bytes:
+def join_frames(frames: Sequence[bytes | memoryview]) -> bytes:
     """Put frames into one value, behind the table of where each begins and the last ends."""
     table = np.empty(len(frames) + 1, "<u4")
     table[0] = table.nbytes
     table[1:] = table.nbytes + np.cumsum([len(frame) for frame in frames])
-    return b"".join((table.tobytes(), *frames))
+    return _native.join((table.tobytes(), *frames))
 
 
 def by_pack(locations: Locations) -> list[tuple[int, npt.NDArray[np.int64]]]:

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvstore import _native
+from kvstore.tiers.pack import chain_packs, frame_at, pack_up
 
 SLOTS, IDS = 12, 20
 slots = st.lists(st.integers(0, SLOTS - 1), unique=True)
@@ -222,3 +223,29 @@ def test_frames_are_cut_where_the_table_says_and_never_beyond():
     with pytest.raises(IndexError):
         _native.cut_frames([pack], [1], int64([0]))
     assert _native.open_frames([b"short"], int64([0]), b"common", hash) is None
+
+
+@given(st.lists(st.binary(max_size=40), max_size=5))
+def test_what_is_joined_is_all_there(parts):
+    assert _native.join(parts) == b"".join(parts)
+    assert _native.join([memoryview(part)[1:] for part in parts]) == b"".join(p[1:] for p in parts)
+
+
+@given(
+    st.lists(st.binary(max_size=40), min_size=1, max_size=12),
+    st.integers(1, 100),
+    st.integers(1, 100),
+)
+def test_packs_hold_all_frames_in_order_however_they_are_cut(frames, nbytes, other):
+    for packs in (pack_up(frames, nbytes), pack_up(frames, other).cut(nbytes)):
+        assert sum(packs.counts) == len(frames)
+        assert packs.nbytes == sum(map(len, packs.values))
+        found = [
+            bytes(frame_at(memoryview(value), 4 * place))
+            for value, count in zip(packs.values, packs.counts, strict=True)
+            for place in range(count)
+        ]
+        assert found == frames
+    two = chain_packs([pack_up(frames, nbytes), pack_up(frames[:1], nbytes)])
+    assert two.values[-1] == pack_up(frames[:1], nbytes).values[0]
+    assert sum(two.counts) == len(frames) + 1

@@ -323,9 +323,9 @@ class SlowWriter:
     """Lets a store's workers write only once they may; one block at a time and `quiet` unasked."""
 
     def __init__(self, store, quiet=0):
-        self._write = store._disk.write_frames
+        self._write = store._disk.write_packs
         self.begun, self.go = threading.Event(), threading.Event()
-        store._disk.write_frames = self
+        store._disk.write_packs = self
         store._writer._batch = 1
         store._writer._quiet = quiet
 
@@ -358,6 +358,29 @@ def test_blocks_change_places_with_what_is_not_being_written():
         store.flush()
         store.check()
         assert same(store.fetch(new), random_planes(4, seed=1))
+        assert same(store.fetch(saved), random_planes(4))
+
+
+def test_blocks_change_places_while_others_come_from_disk():
+    """Hot holds two blocks that nobody has written, and warm has room for one of them."""
+    with make(hot=2, warm=2) as store:
+        saved = store.put(random_planes(4))
+        store.flush()
+        SlowWriter(store, quiet=2)
+        new = store.put(random_planes(2, seed=1))
+        tables = store._mover.residency
+        in_warm = saved[tables.warm[saved] >= 0]
+        on_disk = saved[tables.warm[saved] < 0]
+        wanted = np.array([on_disk[0], in_warm[0]])
+        with store.pinned(wanted) as pin:
+            assert store._mover.hot.pinned[pin.slots].all()
+            found = [plane[pin.slots] for plane in store.hot_planes]
+            assert same(found, [plane[wanted] for plane in random_planes(4)])
+        store.check()
+        assert (tables.warm[new] >= 0).all()
+        assert same(store.fetch(new), random_planes(2, seed=1))
+        store.check()
+        store._disk.write_packs = store._disk.write_packs._write
         assert same(store.fetch(saved), random_planes(4))
 
 
@@ -484,12 +507,12 @@ def test_ctrl_c_at_any_line_of_a_flush():
 def test_a_failing_writer_is_heard_and_reading_goes_on():
     with make(hot=4, warm=16) as store:
         ids = store.put(random_planes(8))
-        write = store._disk.write_frames
+        write = store._disk.write_packs
 
         def fail(*_):
             raise OSError("no such device")
 
-        store._disk.write_frames = fail
+        store._disk.write_packs = fail
         with pytest.raises(WriteFailedError, match="no such device") as caught:
             put_many(store, 100, 1)
         assert isinstance(caught.value.__cause__, OSError)
@@ -500,7 +523,7 @@ def test_a_failing_writer_is_heard_and_reading_goes_on():
         with pytest.raises(WriteFailedError):
             store.flush()
         assert same(store.fetch(ids), random_planes(8))
-        store._disk.write_frames = write
+        store._disk.write_packs = write
         store.flush()
         assert store.usage()["cold"].blocks == count == len(store)
         assert same(store.fetch(ids), random_planes(8))
@@ -513,7 +536,7 @@ def test_a_failing_writer_is_heard_at_the_next_call():
         def fail(*_):
             raise OSError("no such device")
 
-        store._disk.write_frames = fail
+        store._disk.write_packs = fail
         store.put(random_planes(8))
         for job in list(store._writer._jobs):
             job.wait()
@@ -522,15 +545,81 @@ def test_a_failing_writer_is_heard_at_the_next_call():
         assert same(store.fetch(ids), random_planes(8))
 
 
+def committed_together(store, write):
+    """Let blocks wait, each compressed by itself, while the first is committed; then go on.
+
+    Returns the ids put and how many were committed in each transaction.
+    """
+    store._writer._batch, store._writer._quiet = 1, 0
+    begun, go = threading.Event(), threading.Event()
+    groups = []
+
+    def slow(ids, packs):
+        groups.append(len(ids))
+        begun.set()
+        assert go.wait(10)
+        return write(ids, packs)
+
+    store._disk.write_packs = slow
+    ids = store.put(random_planes(1, 0))
+    assert begun.wait(10)
+    more = [store.put(random_planes(1, seed)) for seed in range(1, 5)]
+    ids = np.concatenate([ids, *more])
+    waiting = store._writer._committer._waiting
+    until = time.monotonic() + 10
+    while len(waiting) < 4:
+        assert time.monotonic() < until
+        time.sleep(0.001)
+    go.set()
+    return ids, groups
+
+
+def test_what_waits_for_the_disk_is_committed_together():
+    with make(hot=4, warm=16, workers=2) as store:
+        ids, groups = committed_together(store, store._disk.write_packs)
+        store.flush()
+        store.check()
+        assert groups == [1, 4]
+        frames = dict(store._disk.frames())
+        assert sorted(frames) == ids.tolist()
+        store.put(random_planes(20, 9))  # whatever is in memory has to go
+        store.flush()
+        for block, seed in zip(ids, range(5), strict=True):
+            assert same(store.fetch([block]), random_planes(1, seed))
+
+
+def test_what_cannot_be_committed_together_is_committed_one_by_one():
+    with make(hot=4, warm=16, workers=2) as store:
+        write = store._disk.write_packs
+        bad = []
+
+        def picky(ids, packs):
+            bad[:] = bad or [ids[-1]] if len(ids) > 1 else bad
+            if bad and bad[0] in ids:
+                raise StoreFullError("there is no room for this one")
+            return write(ids, packs)
+
+        ids, groups = committed_together(store, picky)
+        with pytest.raises(StoreFullError, match="this one"):
+            store.flush()
+        assert groups[:6] == [1, 4, 1, 1, 1, 1]
+        assert (store._mover.residency.cold[ids] < 0).tolist() == [i == bad[0] for i in ids]
+        store.check()
+        store._disk.write_packs = write
+        store.flush()
+        for block, seed in zip(ids, range(5), strict=True):
+            assert same(store.fetch([block]), random_planes(1, seed))
+
+
 def test_put_waits_for_a_slow_writer_and_never_overruns(monkeypatch):
     with make(hot=4, warm=8, workers=2) as store:
-        write = store._disk.write_frames
+        write = store._disk.write_packs
 
         def slow(*args):
             time.sleep(0.002)
             return write(*args)
 
-        store._disk.write_frames = slow
+        store._disk.write_packs = slow
         ids = [store.put(random_planes(5, turn)) for turn in range(30)]
         assert store.stats.write_waits > 0
         store.check()
@@ -632,7 +721,7 @@ def test_ctrl_c_in_the_middle_of_a_move_loses_nothing(at, half, cold, monkeypatc
 
 def test_ctrl_c_while_deleted_blocks_are_being_written(monkeypatch):
     with make(hot=4, warm=16, cold="1GiB") as store:
-        write = store._disk.write_frames
+        write = store._disk.write_packs
         begun, go = threading.Event(), threading.Event()
 
         def slow(*args):
@@ -640,7 +729,7 @@ def test_ctrl_c_while_deleted_blocks_are_being_written(monkeypatch):
             assert go.wait(10)
             return write(*args)
 
-        monkeypatch.setattr(store._disk, "write_frames", slow)
+        monkeypatch.setattr(store._disk, "write_packs", slow)
         ids = store.put(random_planes(16))
         written = store._writer.writing()[0][0]
         assert begun.wait(10)
@@ -957,14 +1046,14 @@ def test_a_kept_store_writes_behind_before_it_is_asked_to(tmp_path):
 
 def test_what_was_deleted_while_it_was_written_stays_deleted(tmp_path):
     with make(hot=4, warm=16, directory=tmp_path) as store:
-        write = store._disk.write_frames
+        write = store._disk.write_packs
         go = threading.Event()
 
         def slow(*args):
             assert go.wait(10)
             return write(*args)
 
-        store._disk.write_frames = slow
+        store._disk.write_packs = slow
         ids = store.put(random_planes(8))
         assert store._writer.busy
         store.delete(ids)

@@ -119,7 +119,7 @@ class Fuse:
             slab.take_from = self.guard(slab.take_from, half_of_copy)
         if mover.disk is not None:
             mover.disk.read = self.guard(mover.disk.read, None)
-            mover.disk.write_frames = self.guard(mover.disk.write_frames, None)
+            mover.disk.write_packs = self.guard(mover.disk.write_packs, None)
 
 
 def half_of(slots, blocks):
@@ -249,6 +249,7 @@ class StoreMachine(RuleBasedStateMachine):
     def compare_pin(self, pin, ids):
         assert pin.slots.shape == ids.shape
         assert pin.slots.dtype == np.int64
+        assert self.store._mover.hot.pinned[pin.slots].all()
         slots = torch.from_numpy(pin.slots)
         self.compare(ids, [slab[slots] for slab in self.store.hot_planes])
 

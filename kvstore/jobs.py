@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from itertools import accumulate
+from contextlib import suppress
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kvstore.errors import StoreFullError
 from kvstore.residency import Ids
 from kvstore.tiers.disk import DiskTier
 from kvstore.tiers.pack import Packs, chain_packs
 from kvstore.tiers.slots import Buffer, Slots, SlotTier
+
+# So much goes into one transaction, and a job more at most: LMDB has a copy of it until the end.
+_COMMITTED_BYTES = 4 * 1024 * 1024
 
 
 class Job:
@@ -122,57 +125,61 @@ class Crew:
         """Run a job on the next idle thread."""
         self._pool.submit(job.run)
 
-    def call(self, work: Callable[[], None]) -> None:
-        """Run what never raises on the next idle thread."""
-        self._pool.submit(work)
-
     def close(self) -> None:
         """Let what runs end, drop what has not begun."""
         self._pool.shutdown(wait=True, cancel_futures=True)
 
 
 class Committer:
-    """Commits what was compressed on a thread of its own, all that waits in one transaction.
+    """Commits what was compressed on a thread of its own, what waits in one transaction.
 
     So the slower a disk is to say that something is on it, the more goes there at once.
     """
 
     def __init__(self, disk: DiskTier) -> None:
         self._disk = disk
-        self._crew = Crew("kvstore-commit", 1)
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="kvstore-commit")
         self._waiting: deque[WriteJob] = deque()
 
     def submit(self, job: WriteJob) -> None:
         """Commit a job's blocks soon; the job ends then."""
         self._waiting.append(job)
-        self._crew.call(self._commit_waiting)
+        try:
+            self._pool.submit(self._commit_waiting)
+        except BaseException:
+            # No thread could be started. What ends by this error must not be written later.
+            with suppress(ValueError):
+                self._waiting.remove(job)
+                raise
 
     def close(self) -> None:
-        """Let a transaction that has begun end, drop what has not."""
-        self._crew.close()
+        """Let what has begun end, drop what has not."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
 
     def _commit_waiting(self) -> None:
-        jobs = []
         while self._waiting:
-            jobs.append(self._waiting.popleft())
-        if jobs:
+            jobs = [self._waiting.popleft()]
+            while self._waiting and sum(job.packs.nbytes for job in jobs) < _COMMITTED_BYTES:
+                jobs.append(self._waiting.popleft())
             self._commit(jobs)
 
     def _commit(self, jobs: list[WriteJob]) -> None:
-        ids = np.concatenate([job.ids for job in jobs])
         try:
+            ids = np.concatenate([job.ids for job in jobs])
             locations = self._disk.write_packs(ids, chain_packs([job.packs for job in jobs]))
-        except BaseException as error:  # whatever it is, the owner has to hear of it
+            parts = np.split(locations, np.cumsum([len(job.ids) for job in jobs])[:-1])
+            for job, part in zip(jobs, parts, strict=True):
+                job.locations = part
+        except StoreFullError as error:
             if len(jobs) == 1:
                 jobs[0].end(error)
                 return
-            # There may be room for some of them.
-            for job in jobs:
+            for job in jobs:  # there may be room for some of them
                 self._commit([job])
-            return
-        for job, first in zip(
-            jobs, accumulate((len(job.ids) for job in jobs), initial=0), strict=False
-        ):
-            job.packs = Packs([], [])
-            job.locations = locations[first : first + len(job.ids)]
-            job.end()
+        except BaseException as error:  # whatever it is, the owner has to hear of it
+            for job in jobs:
+                job.end(error)
+        else:
+            for job in jobs:
+                job.packs = Packs([], [])
+                job.end()

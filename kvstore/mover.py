@@ -45,6 +45,9 @@ _HOP_BYTES = 512 * 1024
 # On CUDA a hop is one transfer, and those want megabytes.
 _CUDA_HOP_BYTES = 4 * 1024 * 1024
 
+# Blocks from warm are few where they are this part of its slots.
+_FEW = 64
+
 
 class Mover:
     """The three tiers of a store and all that moves in them.
@@ -134,11 +137,15 @@ class Mover:
         where a block on disk is damaged; what came before it is in place.
         """
         in_warm, sources, on_disk = _native.split(ids, self.residency.warm)
-        if len(on_disk) and self.hot_slab.rows is not None:
-            yield self._promote_and_read(in_warm, sources, on_disk, self.hot_slab.rows)
+        slab = self.hot_slab.rows
+        if len(on_disk) and slab is not None and len(in_warm) <= self.warm.slots // _FEW:
+            yield self._promote_and_read(in_warm, sources, on_disk, slab)
             return
         if len(in_warm):
             yield self.promote(in_warm, sources)
+        if len(on_disk) and slab is not None:
+            yield self._promote_and_read(_NONE, _NONE, on_disk, slab)
+            return
         for start in range(0, len(on_disk), self._staging.blocks):
             part = on_disk[start : start + self._staging.blocks]
             assert self.disk is not None
@@ -149,7 +156,9 @@ class Mover:
     def _promote_and_read(self, in_warm: Ids, sources: Slots, on_disk: Ids, slab: Rows) -> Slots:
         """Copy blocks from warm and read others from disk right into hot, which is host memory.
 
-        Room for both is made at once: for a few blocks that takes longer than to copy them.
+        Room for both is made at once: for a few blocks that takes longer than to copy them. Until
+        it is made none of the warm slots that they leave can be used, so of many blocks it would
+        push others out of warm.
         """
         assert self.disk is not None
         free, stuck = self._make_room_beside(sources, len(on_disk))

@@ -20,7 +20,7 @@ from kvstore.tiers.slots import Slots
 
 _NONE = np.empty(0, np.int64)
 
-# A batch is one LMDB transaction; from this size on they commit as fast as they ever do.
+# What is compressed at a time, and the least that is committed: larger ones are no faster.
 _BATCH_BYTES = 2 * 1024 * 1024
 _BATCH_BLOCKS = 256
 
@@ -58,7 +58,8 @@ class Writer:
         self._batch = max(
             1, min(_BATCH_BLOCKS, min(_BATCH_BYTES, share) // spec.nbytes, slots // 4)
         )
-        # For each worker one that it compresses and one that waits; and one that is committed.
+        # For each worker one that it compresses and one that waits; and one that is committed
+        # (with those that waited for it, if the disk is slow).
         self._most_jobs = 2 * config.workers + 1
         self._quiet = slots // 2 if config.directory is None else self._batch - 1
         # Some of these may have been saved or deleted since, or are being written.

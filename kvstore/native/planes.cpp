@@ -228,22 +228,39 @@ py::list make_frames(const Int64s& ids, const py::bytes& common, const Bytes& bl
     return py::cast(frames);
 }
 
-// All bytes of these in a row.
-py::bytes join(const py::sequence& parts) {
+// Packs of these frames (kvstore/tiers/pack.py), with counts[i] of them each: a table of where each
+// begins and the last ends, 4 bytes an entry, and the frames.
+std::vector<py::bytes> join_frames(const py::sequence& frames, const std::vector<std::size_t>& counts) {
     std::deque<View> views;
-    std::size_t size = 0;
-    for (const py::handle part : parts) {
-        views.emplace_back(part);
-        size += views.back().size();
+    for (std::size_t i = 0; i < frames.size(); i++) {
+        const py::object frame = frames[i];
+        views.emplace_back(frame);
     }
-    py::bytes joined = uninitialized(size);
-    char* at = PyBytes_AS_STRING(joined.ptr());
+    std::vector<py::bytes> packs;
+    std::vector<char*> places;
+    std::size_t first = 0;
+    for (const std::size_t count : counts) {
+        if (count > views.size() - first) throw py::value_error("packs of more frames than there are");
+        std::size_t size = 4 * (count + 1);
+        for (std::size_t i = first; i < first + count; i++) size += views[i].size();
+        if (size > UINT32_MAX) throw py::value_error("a pack of more than 4 GiB");
+        packs.push_back(uninitialized(size));
+        places.push_back(PyBytes_AS_STRING(packs.back().ptr()));
+        first += count;
+    }
+    if (first < views.size()) throw py::value_error("packs of fewer frames than there are");
     py::gil_scoped_release release;
-    for (const View& view : views) {
-        std::memcpy(at, view.data(), view.size());
-        at += view.size();
+    auto view = views.begin();
+    for (std::size_t p = 0; p < counts.size(); p++) {
+        auto at = static_cast<std::uint32_t>(4 * (counts[p] + 1));
+        std::memcpy(places[p], &at, sizeof at);
+        for (std::size_t i = 1; i <= counts[p]; i++, ++view) {
+            std::memcpy(places[p] + at, view->data(), view->size());
+            at += static_cast<std::uint32_t>(view->size());
+            std::memcpy(places[p] + 4 * i, &at, sizeof at);
+        }
     }
-    return joined;
+    return packs;
 }
 
 py::object slice(const py::handle& object, std::size_t first, std::size_t last) {
@@ -309,7 +326,7 @@ void bind_planes(py::module_& module) {
     module.def("make_frames", &make_frames, given("ids"), given("common"), given("blocks"),
                py::arg("raw"), given("tops"), py::arg("skip"), given("zstd_header"),
                py::arg("hash"));
-    module.def("join", &join, py::arg("parts"));
+    module.def("join_frames", &join_frames, py::arg("frames"), py::arg("counts"));
     module.def("open_frames", &open_frames, given("frames"), given("ids"), given("common"),
                py::arg("hash"));
     module.def("cut_frames", &cut_frames, given("packs"), given("which"), given("places"));

@@ -44,7 +44,6 @@ from kvstore.tiers.pack import (
     Packs,
     by_pack,
     frame_at,
-    join_frames,
     pack_up,
 )
 from kvstore.tiers.tree import Entries, commits, fault_of
@@ -782,7 +781,7 @@ class DiskTier:
             bytes(frame_at(pack, 4 * place)) if alive else b""
             for place, alive in enumerate((members >= 0).tolist())
         ]
-        smaller = join_frames(frames)
+        (smaller,) = _native.join_frames(frames, [len(frames)])
         members[members == _DEAD] = _GONE
         transaction.put(key, smaller, db=self._packs)
         transaction.put(key, _seal(key, _int64(members)), db=self._directory)

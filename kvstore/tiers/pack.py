@@ -60,33 +60,22 @@ def chain_packs(packs: Sequence[Packs]) -> Packs:
 
 def pack_up(frames: Sequence[bytes | memoryview], pack_bytes: int) -> Packs:
     """Join frames into packs of at least `pack_bytes`, as far as they go."""
-    parts = cut_packs(np.array([len(frame) for frame in frames], np.int64), pack_bytes)
-    return Packs(
-        [join_frames(frames[first:last]) for first, last in parts],
-        [last - first for first, last in parts],
-    )
+    counts = cut_packs(np.array([len(frame) for frame in frames], np.int64), pack_bytes)
+    return Packs(_native.join_frames(frames, counts), counts)
 
 
-def cut_packs(sizes: npt.NDArray[np.int64], pack_bytes: int) -> list[tuple[int, int]]:
-    """Divide frames into packs of at least `pack_bytes`, as far as they go."""
+def cut_packs(sizes: npt.NDArray[np.int64], pack_bytes: int) -> list[int]:
+    """Divide frames into packs of at least `pack_bytes`, as far as they go: the number in each."""
     ends = np.cumsum(sizes)
-    parts = []
+    counts = []
     first = written = 0
     while first < len(sizes):
         last = int(np.searchsorted(ends, written + pack_bytes)) + 1
         if last >= len(sizes) or ends[-1] - ends[last - 1] < pack_bytes:
             last = len(sizes)
-        parts.append((first, last))
+        counts.append(last - first)
         first, written = last, int(ends[last - 1])
-    return parts
-
-
-def join_frames(frames: Sequence[bytes | memoryview]) -> bytes:
-    """Put frames into one value, behind the table of where each begins and the last ends."""
-    table = np.empty(len(frames) + 1, "<u4")
-    table[0] = table.nbytes
-    table[1:] = table.nbytes + np.cumsum([len(frame) for frame in frames])
-    return _native.join((table.tobytes(), *frames))
+    return counts
 
 
 def by_pack(locations: Locations) -> list[tuple[int, npt.NDArray[np.int64]]]:

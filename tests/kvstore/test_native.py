@@ -225,12 +225,6 @@ def test_frames_are_cut_where_the_table_says_and_never_beyond():
     assert _native.open_frames([b"short"], int64([0]), b"common", hash) is None
 
 
-@given(st.lists(st.binary(max_size=40), max_size=5))
-def test_what_is_joined_is_all_there(parts):
-    assert _native.join(parts) == b"".join(parts)
-    assert _native.join([memoryview(part)[1:] for part in parts]) == b"".join(p[1:] for p in parts)
-
-
 @given(
     st.lists(st.binary(max_size=40), min_size=1, max_size=12),
     st.integers(1, 100),
@@ -249,3 +243,12 @@ def test_packs_hold_all_frames_in_order_however_they_are_cut(frames, nbytes, oth
     two = chain_packs([pack_up(frames, nbytes), pack_up(frames[:1], nbytes)])
     assert two.values[-1] == pack_up(frames[:1], nbytes).values[0]
     assert sum(two.counts) == len(frames) + 1
+
+
+@pytest.mark.parametrize("counts", [[1], [3], [1, 2], [2**64 - 1, 3], []])
+def test_packs_of_other_numbers_of_frames_are_refused(counts):
+    assert _native.join_frames([b"a", memoryview(b"xb")[1:]], [1, 1]) == [
+        b"\x08\0\0\0\x09\0\0\0" + frame for frame in (b"a", b"b")
+    ]
+    with pytest.raises(ValueError, match="frames than there are"):
+        _native.join_frames([b"a", b"b"], counts)

@@ -13,11 +13,13 @@ import threading
 import time
 import typing
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 
+import kvstore.jobs
 import kvstore.mover
 from kvstore.block import BlockSpec, Plane
 from kvstore.config import StoreConfig
@@ -361,8 +363,9 @@ def test_blocks_change_places_with_what_is_not_being_written():
         assert same(store.fetch(saved), random_planes(4))
 
 
-def test_blocks_change_places_while_others_come_from_disk():
+def test_blocks_change_places_while_others_come_from_disk(monkeypatch):
     """Hot holds two blocks that nobody has written, and warm has room for one of them."""
+    monkeypatch.setattr(kvstore.mover, "_FEW", 1)
     with make(hot=2, warm=2) as store:
         saved = store.put(random_planes(4))
         store.flush()
@@ -609,6 +612,47 @@ def test_what_cannot_be_committed_together_is_committed_one_by_one():
         store.flush()
         for block, seed in zip(ids, range(5), strict=True):
             assert same(store.fetch([block]), random_planes(1, seed))
+
+
+def test_whatever_fails_in_committing_together_is_heard(monkeypatch):
+    with make(hot=4, warm=16, workers=2) as store:
+        write, failures = store._disk.write_packs, [OSError("no such device")]
+
+        def fail_once(ids, packs):
+            if len(ids) > 1 and failures:
+                raise failures.pop()
+            return write(ids, packs)
+
+        ids, groups = committed_together(store, fail_once)
+        with pytest.raises(WriteFailedError, match="no such device"):
+            store.flush()
+        assert groups == [1, 4]
+        store.check()
+        with monkeypatch.context() as patch:
+            patch.setattr(kvstore.jobs, "chain_packs", Mock(side_effect=MemoryError("too much")))
+            with pytest.raises(WriteFailedError, match="too much"):
+                store.flush()
+        store.flush()
+        assert sorted(dict(store._disk.frames())) == ids.tolist()
+
+
+def test_what_could_not_be_given_to_the_committer_is_not_written_twice():
+    with make(hot=4, warm=16, workers=2) as store:
+        pool = store._writer._committer._pool
+        submit = pool.submit
+
+        def no_thread(work):
+            pool.submit = submit
+            raise RuntimeError("can't start new thread")
+
+        pool.submit = no_thread
+        store._writer._quiet = 0
+        store.put(random_planes(3))
+        with pytest.raises(WriteFailedError, match="new thread"):
+            store.flush()
+        store.flush()
+        assert store._disk.block_count == 3
+        store.check()
 
 
 def test_put_waits_for_a_slow_writer_and_never_overruns(monkeypatch):

@@ -459,10 +459,11 @@ MACHINE = {"deadline": None, "suppress_health_check": list(hypothesis.HealthChec
 
 @pytest.fixture(autouse=True)
 def small_numbers(monkeypatch):
-    """Move blocks in pieces of three, where the real ones hold thousands of such small blocks, and
-    use ids again after sixteen."""
+    """Move blocks in pieces of three, where the real ones hold thousands of such small blocks, use
+    ids again after sixteen, and take a quarter of warm for few."""
     monkeypatch.setattr(kvstore.residency, "_FIRST_IDS", 16)
     monkeypatch.setattr(kvstore.mover, "_HOP_BYTES", 3 * NBYTES)
+    monkeypatch.setattr(kvstore.mover, "_FEW", 4)
     monkeypatch.setattr(kvstore.mover, "_CUDA_HOP_BYTES", 3 * NBYTES)
 
 

@@ -219,7 +219,7 @@ class Mover:
             self._exchange(ids[:swapped], sources[:swapped], stuck)
         left = sources[swapped:]
         copy_slots(self.warm_slab, left, self.hot_slab, free, self._hops)
-        self.warm.spare[left] = True
+        _native.mark(left, self.warm.spare, True)
         slots = np.concatenate((stuck, free)) if swapped else free
         self._arrive(ids, slots)
         self._stats.hot.promotions += len(ids)
@@ -285,7 +285,7 @@ class Mover:
     def _settle_spare(self, places: Slots) -> None:
         """Make spare copies in these warm slots the blocks' only ones in memory."""
         if len(places):
-            self.warm.spare[places] = False
+            _native.mark(places, self.warm.spare, False)
             # At once: while room is made for others, those with a copy on disk may have to go.
             self.warm.policy.admit(places)
 

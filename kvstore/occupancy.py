@@ -116,7 +116,7 @@ class Occupancy:
         kept: bool [slots], those that may not be chosen.
         """
         chosen = self.policy.victims(count, kept)
-        if kept[chosen].any():
+        if _native.any_marked(chosen, kept):
             raise RuntimeError(
                 f"the policy {type(self.policy).__name__} chose a slot that it was told to keep"
             )

@@ -159,6 +159,17 @@ Int64s leave(const Int64s& slots, Int64s& block, Int32s& table, Bools& spare, Bo
     return ids;
 }
 
+void mark(const Int64s& slots, Bools& mask, bool value) {
+    check(slots, mask.size());
+    for (py::ssize_t i = 0; i < slots.size(); i++) mask.mutable_data()[slots.data()[i]] = value;
+}
+
+bool any_marked(const Int64s& slots, const Bools& mask) {
+    check(slots, mask.size());
+    return std::any_of(slots.data(), slots.data() + slots.size(),
+                       [&](std::int64_t slot) { return mask.data()[slot]; });
+}
+
 // Mark the slots whose blocks have no copy on disk.
 void mark_sole(const Int64s& ids, const Int64s& slots, const Int64s& cold, Bools& sole) {
     check_length(slots, ids.size());
@@ -277,6 +288,8 @@ void bind_tables(py::module_& module) {
     module.def("arrive", &arrive, given("ids"), given("slots"), given("block"), given("table"));
     module.def("leave", &leave, given("slots"), given("block"), given("table"), given("spare"),
                given("sole"));
+    module.def("mark", &mark, given("slots"), given("mask"), py::arg("value"));
+    module.def("any_marked", &any_marked, given("slots"), given("mask"));
     module.def("mark_sole", &mark_sole, given("ids"), given("slots"), given("cold"),
                given("sole"));
     module.def("sum_by_slot", &sum_by_slot, given("slots"), given("weights"), given("place"));

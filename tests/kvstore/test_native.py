@@ -252,3 +252,17 @@ def test_packs_of_other_numbers_of_frames_are_refused(counts):
     ]
     with pytest.raises(ValueError, match="frames than there are"):
         _native.join_frames([b"a", b"b"], counts)
+
+
+@given(slots, slots)
+def test_marks_are_set_and_found(some, others):
+    mask = np.zeros(SLOTS, bool)
+    _native.mark(int64(some), mask, True)
+    assert np.flatnonzero(mask).tolist() == sorted(some)
+    assert _native.any_marked(int64(others), mask) == bool(set(some) & set(others))
+    _native.mark(int64(others), mask, False)
+    assert np.flatnonzero(mask).tolist() == sorted(set(some) - set(others))
+    for call in (lambda: _native.mark(int64([SLOTS]), mask, True),
+                 lambda: _native.any_marked(int64([-1]), mask)):  # fmt: skip
+        with pytest.raises(IndexError):
+            call()

@@ -27,7 +27,8 @@ class Findings:
     blocks, contexts: how many were looked at. damaged: what is not what was written, in words.
     broken: the damaged contexts; None where not even the manifest can be read, otherwise what it
     can go back to, or an empty dict where there is nothing. their_blocks: what they had, as far
-    as that can be read. strange: keys that no save has written. lost_blocks: damaged ones, by id.
+    as that can be read. strange: keys that no save has written. records: keys of damaged records
+    that are not of contexts. lost_blocks: damaged ones, by id.
     graphs: damaged index files. unreferenced: blocks that no context has: put otherwise, or left by
     a process that was killed.
     """
@@ -37,6 +38,7 @@ class Findings:
     damaged: list[str] = field(default_factory=list)
     broken: dict[str, Manifest | None] = field(default_factory=dict)
     strange: list[bytes] = field(default_factory=list)
+    records: list[bytes] = field(default_factory=list)
     lost_blocks: list[int] = field(default_factory=list)
     their_blocks: list[NDArray[np.int64]] = field(default_factory=list)
     graphs: list[Path] = field(default_factory=list)
@@ -62,6 +64,7 @@ def verify(store: Store, progress: Callable[[int], None] = lambda blocks: None) 
                 store.get_record(key)
             except CorruptBlockError as error:
                 findings.damaged.append(str(error))
+                findings.records.append(key)
     present = np.setdiff1d(store.ids(), findings.lost_blocks)
     used = [np.empty(0, np.int64), *(each.block_ids() for each in store.contexts.values())]
     for name in store.kept.names():
@@ -91,7 +94,9 @@ def repair(store: Store, findings: Findings) -> list[str]:
     for path in findings.graphs:
         _graph_files(store).remove(path)
         done.append(f"{path} was removed: it is built anew when it is needed")
-    store.put_records(dict.fromkeys(findings.strange))
+    unreadable = [*findings.strange, *findings.records]
+    store.put_records(dict.fromkeys(unreadable))
+    done += [f"record {key!r} was removed: it says nothing that can be read" for key in unreadable]
     for name, back in findings.broken.items():
         before = None if back is None else store.kept.require(name)
         length = "" if before is None else f" of {_tokens(store, before):,} tokens"

@@ -196,6 +196,24 @@ def test_keys_that_no_save_has_written(kept):
         same(store, name, pasts[name])
 
 
+@pytest.mark.parametrize("key", [b"mine", b"piece.000000000001", b"dontext/main"])
+def test_a_damaged_record_of_no_context_goes(kept, key):
+    """A caller's, or one of a context whose key has changed by a bit."""
+    store, pasts = kept
+    store.put_record(b"other", b"stays")
+    with store._disk._env.begin(write=True) as transaction:
+        transaction.put(key, b"01234567what its checksum denies", db=store._disk._records)
+    found = verify(store)
+    assert found.records == [key]
+    assert len(found.damaged) == 1
+    assert repair(store, found) == [f"record {key!r} was removed: it says nothing that can be read"]
+    assert verify(store).damaged == []
+    assert store.get_record(b"other") == b"stays"
+    assert store.get_record(key) is None
+    for name in ("apart", "fork", "main"):
+        same(store, name, pasts[name])
+
+
 def test_a_context_of_another_version_is_left_alone(kept):
     store, _ = kept
     value = store.get_record(b"context/main")

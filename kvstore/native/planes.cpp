@@ -230,7 +230,8 @@ py::list make_frames(const Int64s& ids, const py::bytes& common, const Bytes& bl
 
 // Packs of these frames (kvstore/tiers/pack.py), with counts[i] of them each: a table of where each
 // begins and the last ends, 4 bytes an entry, and the frames.
-std::vector<py::bytes> join_frames(const py::sequence& frames, const std::vector<std::size_t>& counts) {
+std::vector<py::bytes> join_frames(const py::sequence& frames,
+                                   const std::vector<std::size_t>& counts) {
     std::deque<View> views;
     for (std::size_t i = 0; i < frames.size(); i++) {
         const py::object frame = frames[i];
@@ -240,7 +241,9 @@ std::vector<py::bytes> join_frames(const py::sequence& frames, const std::vector
     std::vector<char*> places;
     std::size_t first = 0;
     for (const std::size_t count : counts) {
-        if (count > views.size() - first) throw py::value_error("packs of more frames than there are");
+        if (count > views.size() - first) {
+            throw py::value_error("packs of more frames than there are");
+        }
         std::size_t size = 4 * (count + 1);
         for (std::size_t i = first; i < first + count; i++) size += views[i].size();
         if (size > UINT32_MAX) throw py::value_error("a pack of more than 4 GiB");

@@ -20,7 +20,7 @@ from kvstore.tiers.slots import Slots
 
 _NONE = np.empty(0, np.int64)
 
-# What is compressed at a time, and the least that is committed: larger ones are no faster.
+# What a worker compresses at a time: a transaction of as much commits as fast as any.
 _BATCH_BYTES = 2 * 1024 * 1024
 _BATCH_BLOCKS = 256
 

@@ -387,6 +387,25 @@ def test_blocks_change_places_while_others_come_from_disk(monkeypatch):
         assert same(store.fetch(saved), random_planes(4))
 
 
+def test_making_room_at_once_does_not_push_others_out_of_warm(monkeypatch):
+    """A drifting working set is read from disk as often as if room were made one by one."""
+
+    def reads(few):
+        monkeypatch.setattr(kvstore.mover, "_FEW", few)
+        rng = np.random.default_rng(1)
+        with make(hot=32, warm=64) as store:
+            for start in range(0, 600, 20):
+                store.put(random_planes(20, start))
+            store.flush()
+            for turn in range(300):
+                ids = (rng.choice(144, 32, replace=False) + turn // 4) % 600
+                with store.pinned(ids):
+                    pass
+            return store.stats.cold.hits
+
+    assert reads(kvstore.mover._FEW) <= 1.01 * reads(1 << 30)
+
+
 def test_slots_of_deleted_blocks_that_are_being_written_are_no_room():
     with make(hot=2, warm=4, workers=1) as store:
         writer = SlowWriter(store)

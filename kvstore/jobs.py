@@ -21,7 +21,7 @@ from kvstore.tiers.pack import Packs, chain_packs
 from kvstore.tiers.slots import Buffer, Slots, SlotTier
 
 # So much goes into one transaction, and a job more at most: LMDB has a copy of it until the end.
-_COMMITTED_BYTES = 4 * 1024 * 1024
+_COMMITTED_BYTES = 2 * 1024 * 1024
 
 
 class Job:
@@ -90,7 +90,12 @@ class WriteJob(Job):
 
     def _do(self) -> bool:
         assert self._warm.rows is not None, "warm is host memory"
-        self.packs = self._disk.encode(self.ids, self._warm.rows, self.slots)
+        self._committer.expect()
+        try:
+            self.packs = self._disk.encode(self.ids, self._warm.rows, self.slots)
+        except BaseException:
+            self._committer.miss()
+            raise
         self._committer.submit(self)
         return True
 
@@ -133,17 +138,33 @@ class Crew:
 class Committer:
     """Commits what was compressed on a thread of its own, what waits in one transaction.
 
-    So the slower a disk is to say that something is on it, the more goes there at once.
+    It lets jobs wait while others are still being compressed, until they fill a transaction: each
+    has a price, which is the higher the slower a disk is to say that something is on it.
     """
 
     def __init__(self, disk: DiskTier) -> None:
         self._disk = disk
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="kvstore-commit")
         self._waiting: deque[WriteJob] = deque()
+        self._expected = 0
+        self._counting = threading.Lock()
+
+    def expect(self) -> None:
+        """Hear that a job will be submitted, or missed."""
+        with self._counting:
+            self._expected += 1
+
+    def miss(self) -> None:
+        """Hear that an expected job will not come."""
+        with self._counting:
+            self._expected -= 1
+        self._pool.submit(self._commit_waiting)
 
     def submit(self, job: WriteJob) -> None:
-        """Commit a job's blocks soon; the job ends then."""
-        self._waiting.append(job)
+        """Commit an expected job's blocks soon; the job ends then."""
+        with self._counting:
+            self._expected -= 1
+            self._waiting.append(job)
         try:
             self._pool.submit(self._commit_waiting)
         except BaseException:
@@ -157,11 +178,18 @@ class Committer:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def _commit_waiting(self) -> None:
-        while self._waiting:
-            jobs = [self._waiting.popleft()]
-            while self._waiting and sum(job.packs.nbytes for job in jobs) < _COMMITTED_BYTES:
-                jobs.append(self._waiting.popleft())
+        while jobs := self._due():
             self._commit(jobs)
+
+    def _due(self) -> list[WriteJob]:
+        """Take what is to be committed now, if anything is."""
+        jobs: list[WriteJob] = []
+        with self._counting:
+            nbytes = sum(job.packs.nbytes for job in self._waiting)
+            if not self._expected or nbytes >= _COMMITTED_BYTES:
+                while self._waiting and sum(job.packs.nbytes for job in jobs) < _COMMITTED_BYTES:
+                    jobs.append(self._waiting.popleft())
+        return jobs
 
     def _commit(self, jobs: list[WriteJob]) -> None:
         try:

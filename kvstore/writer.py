@@ -29,8 +29,8 @@ class Writer:
     """Writes the blocks of a store in the order in which they were put.
 
     A kept store writes as soon as there is a batch, a temporary one once half of warm is unsaved:
-    what is deleted before never costs a write. Two batches for each worker, and one more, are
-    under way at most.
+    what is deleted before never costs a write. Four batches for each worker, and
+    one more, are under way at most.
 
     failure: what went wrong and was not raised yet. After it nothing is begun unasked.
 
@@ -58,9 +58,9 @@ class Writer:
         self._batch = max(
             1, min(_BATCH_BLOCKS, min(_BATCH_BYTES, share) // spec.nbytes, slots // 4)
         )
-        # For each worker one that it compresses and one that waits; and one that is committed
-        # (with those that waited for it, if the disk is slow).
-        self._most_jobs = 2 * config.workers + 1
+        # What is compressed, what waits until it fills a transaction, and what is committed
+        # meanwhile: with fewer, one stands still for the other.
+        self._most_jobs = 4 * config.workers + 1
         self._quiet = slots // 2 if config.directory is None else self._batch - 1
         # Some of these may have been saved or deleted since, or are being written.
         self._queue: deque[Ids] = deque()

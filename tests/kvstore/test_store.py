@@ -408,6 +408,7 @@ def test_making_room_at_once_does_not_push_others_out_of_warm(monkeypatch):
 
 def test_slots_of_deleted_blocks_that_are_being_written_are_no_room():
     with make(hot=2, warm=4, workers=1) as store:
+        store._writer._most_jobs = 3
         writer = SlowWriter(store)
         ids = store.put(random_planes(4))
         assert writer.begun.wait(10)
@@ -653,6 +654,74 @@ def test_whatever_fails_in_committing_together_is_heard(monkeypatch):
                 store.flush()
         store.flush()
         assert sorted(dict(store._disk.frames())) == ids.tolist()
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["goes on", "fails"])
+def test_what_is_compressed_waits_for_what_is_being_compressed(fails):
+    with make(hot=4, warm=16, workers=2) as store:
+        store._writer._batch, store._writer._quiet = 1, 0
+        encode, write = store._disk.encode, store._disk.write_packs
+        slow, go, groups = threading.Event(), threading.Event(), []
+
+        def first_is_slow(ids, *rest):
+            if ids[0] == 0 and not slow.is_set():
+                slow.set()
+                assert go.wait(10)
+                if fails:
+                    raise MemoryError("too much")
+            return encode(ids, *rest)
+
+        def noted(ids, packs):
+            groups.append(len(ids))
+            return write(ids, packs)
+
+        store._disk.encode, store._disk.write_packs = first_is_slow, noted
+        store.put(random_planes(1, 0))
+        assert slow.wait(10)
+        store.put(random_planes(1, 1))
+        committer = store._writer._committer
+        until = time.monotonic() + 10
+        while not committer._waiting:
+            assert time.monotonic() < until
+            time.sleep(0.001)
+        time.sleep(0.05)
+        assert not groups
+        go.set()
+        if fails:
+            with pytest.raises(WriteFailedError, match="too much"):
+                store.flush()
+        store.flush()
+        assert groups == ([1, 1] if fails else [2])
+        assert not committer._expected
+        assert same(store.fetch([0]), random_planes(1, 0))
+        assert same(store.fetch([1]), random_planes(1, 1))
+        store.check()
+
+
+def test_what_fills_a_transaction_waits_for_nothing(monkeypatch):
+    with make(hot=4, warm=16, workers=2) as store:
+        store._writer._batch, store._writer._quiet = 1, 0
+        encode = store._disk.encode
+        slow, go = threading.Event(), threading.Event()
+
+        def first_is_slow(ids, *rest):
+            if ids[0] == 0:
+                slow.set()
+                assert go.wait(10)
+            return encode(ids, *rest)
+
+        store._disk.encode = first_is_slow
+        monkeypatch.setattr(kvstore.jobs, "_COMMITTED_BYTES", 1)
+        store.put(random_planes(1, 0))
+        assert slow.wait(10)
+        store.put(random_planes(1, 1))
+        until = time.monotonic() + 10
+        while not store._disk.block_count:
+            assert time.monotonic() < until
+            time.sleep(0.001)
+        go.set()
+        store.flush()
+        assert store._disk.block_count == 2
 
 
 def test_what_could_not_be_given_to_the_committer_is_not_written_twice():

@@ -155,8 +155,10 @@ def durabilities(spec: BlockSpec, n: int, place: Path) -> dict[str, Any]:
     blocks, batch, repeats = 128 * MIB // spec.nbytes, 2 * MIB // spec.nbytes, 4
     planes = keys_and_values(blocks, spec)
     times: dict[str, list[float]] = {durability: [] for durability in DURABILITIES}
+    rng = np.random.default_rng(0)
     for turn in range(n):
-        for durability, spent in times.items():
+        # In another order each time: a file that is removed goes from the disk a little later.
+        for durability in rng.permutation(list(DURABILITIES)).tolist():
             directory = place / f"{durability}-{spec.nbytes}-{turn}"
             config = StoreConfig(
                 hot="8MiB", warm="64MiB", directory=directory, durability=durability
@@ -166,7 +168,7 @@ def durabilities(spec: BlockSpec, n: int, place: Path) -> dict[str, Any]:
                 for start in [*range(0, blocks, batch)] * repeats:
                     store.put([plane[start : start + batch] for plane in planes])
                 store.flush()
-                spent.append(time.perf_counter() - began)
+                times[durability].append(time.perf_counter() - began)
             shutil.rmtree(directory)
     size = repeats * blocks * spec.nbytes
     row: dict[str, Any] = {"block_bytes": spec.nbytes, "n": n}

@@ -102,6 +102,13 @@ class Codes:
         landmarks: NDArray[np.float32],  # [streams, width, dim], kept alive
         bases: list[int],  # of each stream: the number of the landmark in row 0
     ) -> None: ...
+    def refer(
+        self,
+        stream: int,
+        reference: NDArray[np.float64],  # [dim]: what its landmarks have in common
+        axes: NDArray[np.float64] | None,  # [dim, dim]: a column each, orthonormal; None: as given
+        lead: int,  # along how many of the axes they differ most
+    ) -> None: ...  # before any of them is encoded
     def follow(self, other: Codes) -> None: ...
     def encode(self, stream: int, first: int, last: int) -> None: ...
     @property

@@ -3,8 +3,9 @@
 Many queries are multiplied by all landmarks. Few are multiplied, in host memory, by a byte for each
 number of a landmark, a quarter of what must be read otherwise. What that is off by is bounded for
 each landmark, so that it says for nearly all that they cannot be among the k best; the others,
-some ten of 32,768, are scored. Both give what a look at all scores would (Cauchy-Schwarz:
-|q (x - x')| <= |q| |x - x'|; see kvstore/native/search.cpp).
+some ten of 32,768, are scored. Of landmarks that differ along few axes half of the bytes do for
+nearly all. Both give what a look at all scores would (Cauchy-Schwarz: |q (x - x')| <= |q| |x - x'|;
+see kvstore/native/search.cpp).
 
 Owns its buffer of scores. Never remembers a landmark or a query.
 """

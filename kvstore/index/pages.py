@@ -7,7 +7,8 @@ the one that made a page writes to it, and nobody writes twice to the same place
 a fork go on without seeing each other's landmarks. A page that is full is replaced by a larger
 copy; a fork keeps the one it knows.
 
-In host memory a page also has its landmarks in a byte a number, for search by few queries.
+In host memory a page also has its landmarks in a byte a number, for search by few queries, and says
+along which axes they differ most.
 """
 
 from __future__ import annotations
@@ -31,6 +32,22 @@ therefore a context that was forked, or closed and reopened, gives the same answ
 SMALLEST = 1024
 """Landmarks of a stream that a page has room for at least."""
 
+ENOUGH = 64
+"""Landmarks whose mean is taken for what all of a stream have in common."""
+
+MANY = 8192
+"""Landmarks from which on the axes are looked for along which a stream's differ most: fewer are
+read as fast whole."""
+
+SEEN = 4096
+"""Landmarks that are looked at for that, and some more at most."""
+
+NUMBERS = range(16, 257)
+"""Of a landmark, for which that is done: it takes their cube."""
+
+LEADING = 0.95
+"""The share of what landmarks differ by that half of the axes must have, to be read first."""
+
 
 class Page:
     """Landmarks [streams, size + LANES, dim]: row r of stream s is landmark base[s] + r.
@@ -46,13 +63,37 @@ class Page:
         self.data = torch.empty(len(base), size + LANES, dim, device=device)
         self.streams = list(self.data.unbind(0))
         self.codes = _native.Codes(self.data.numpy(), base) if device.type == "cpu" else None
+        self._followed = False
 
     def write(self, stream: int, row: int, landmarks: torch.Tensor) -> None:
         """Write landmarks [n, dim] of a stream from a row on, which nobody has written."""
         end = row + len(landmarks)
         self.streams[stream][row:end] = landmarks
         if self.codes is not None:
+            if not row:
+                self._refer(stream, landmarks.numpy())
             self.codes.encode(stream, row, end)
+
+    def follow(self, other: Page) -> None:
+        """Take what landmarks have in common from another page until there are enough here."""
+        if self.codes is not None and other.codes is not None:
+            self.codes.follow(other.codes)
+            self._followed = True
+
+    def _refer(self, stream: int, landmarks: NDArray[np.float32]) -> None:
+        """Tell codes what a stream's first landmarks [n, dim] have in common."""
+        assert self.codes is not None
+        n, dim = landmarks.shape
+        if n < ENOUGH and self._followed:
+            return
+        mean = landmarks.mean(0, dtype=np.float64)
+        axes: NDArray[np.float64] | None = None
+        if n >= MANY and dim in NUMBERS:
+            some = landmarks[:: max(1, n // SEEN)] - mean
+            spread, columns = np.linalg.eigh(some.T @ some)  # the least first
+            if spread[-(dim // 2) :].sum() > LEADING * spread.sum():
+                axes = np.ascontiguousarray(columns[:, ::-1])
+        self.codes.refer(stream, mean, axes, dim // 2)
 
     @property
     def nbytes(self) -> int:
@@ -105,8 +146,8 @@ class LandmarkPages:
         need = max(stop - base[stream], *(c - b for c, b in zip(self.counts, base, strict=True)))
         size = -(-max(SMALLEST, need + need // 2) // LANES) * LANES
         page = Page(base, size, self.dim, self.device)
-        if page.codes is not None and self.codes:
-            page.codes.follow(self.codes[-1])
+        if self._pages:
+            page.follow(self._pages[-1])
         for s, count in enumerate(self.counts):
             views = self.rows(s, base[s], count)
             if views:

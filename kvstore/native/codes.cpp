@@ -8,6 +8,8 @@
 #include <new>
 #include <utility>
 
+#include "vector.h"
+
 namespace kvstore {
 namespace {
 
@@ -18,7 +20,7 @@ constexpr double SMALLEST = 1e-30;
 constexpr double UP = 1 + 1e-6;
 
 template <class T>
-std::unique_ptr<T[], void (*)(void*)> lines(std::int64_t count) {
+Lines<T> lines(std::int64_t count) {
     const std::size_t nbytes = (count * sizeof(T) + LINE - 1) / LINE * LINE;
     void* made = std::aligned_alloc(LINE, std::max(nbytes, LINE));
     if (!made) throw std::bad_alloc();
@@ -40,7 +42,55 @@ double whole(std::uint16_t half) {
     return single;
 }
 
+// Write the codes of one landmark's part, numbers [count].
+KVSTORE_VECTOR void write(const Codes::Part& part, std::int64_t row, const double* numbers,
+                          std::int64_t count) {
+    const std::int64_t group = row / Codes::LANES, lane = row % Codes::LANES;
+    double most = 0;
+    for (std::int64_t d = 0; d < count; d++) most = std::max(most, std::fabs(numbers[d]));
+    const std::uint16_t half = half_up(std::max(most / 127, SMALLEST));
+    const double scale = whole(half);
+    std::uint8_t* to = part.codes + (group * part.fours * Codes::LANES + lane) * Codes::FOUR;
+    double error = 0, length = 0;
+    for (std::int64_t d = 0; d < part.fours * Codes::FOUR; d++) {
+        const double code = d < count ? std::nearbyint(numbers[d] / scale) : 0.0;
+        if (d < count) {
+            const double off = numbers[d] - code * scale;
+            error += off * off / (scale * scale);
+            length += code * code;
+        }
+        to[d / Codes::FOUR * Codes::LANES * Codes::FOUR + d % Codes::FOUR] =
+            static_cast<std::uint8_t>(code + 128);
+    }
+    part.scales[row] = half;
+    Codes::Bounds& bound = part.bounds[group];
+    bound.error = std::max(bound.error, static_cast<float>(std::sqrt(error) * UP));
+    bound.length = std::max(bound.length, static_cast<float>(std::sqrt(length) * UP));
+}
+
+double length(const double* numbers, std::int64_t count) {
+    double square = 0;
+    for (std::int64_t d = 0; d < count; d++) square += numbers[d] * numbers[d];
+    return std::sqrt(square);
+}
+
 }  // namespace
+
+KVSTORE_VECTOR void turn(const double* axes, const double* x, std::int64_t dim, double* y) {
+    constexpr std::int64_t SOME = 32;  // sums that stay in registers
+    std::int64_t i = 0;
+    for (; i + SOME <= dim; i += SOME) {
+        double sums[SOME] = {};
+        for (std::int64_t d = 0; d < dim; d++) {
+            for (std::int64_t j = 0; j < SOME; j++) sums[j] += axes[d * dim + i + j] * x[d];
+        }
+        std::copy_n(sums, SOME, y + i);
+    }
+    for (; i < dim; i++) {
+        y[i] = 0;
+        for (std::int64_t d = 0; d < dim; d++) y[i] += axes[d * dim + i] * x[d];
+    }
+}
 
 Codes::Codes(const float* landmarks, std::vector<std::int64_t> bases, std::int64_t width,
              std::int64_t dim)
@@ -53,68 +103,71 @@ Codes::Codes(const float* landmarks, std::vector<std::int64_t> bases, std::int64
       streams_(bases_.size()),
       codes_(lines<std::uint8_t>(count() * groups_ * fours_ * LANES * FOUR)),
       scales_(lines<std::uint16_t>(count() * groups_ * LANES)),
-      bounds_(count() * groups_, Bounds{0, 0}) {}
+      rest_scales_(lines<std::uint16_t>(count() * groups_ * LANES)),
+      lengths_(lines<std::uint16_t>(count() * groups_ * LANES)),
+      bounds_(count() * groups_),
+      rest_bounds_(count() * groups_) {
+    for (Stream& of : streams_) of = {std::vector<double>(dim_, 0.0), {}, fours_, 0};
+}
+
+void Codes::refer(std::int64_t stream, const double* reference, const double* axes,
+                  std::int64_t lead) {
+    Stream& of = streams_[stream];
+    of.reference.assign(reference, reference + dim_);
+    of.axes.assign(axes, axes ? axes + dim_ * dim_ : axes);
+    of.lead = axes ? std::clamp((lead + FOUR - 1) / FOUR, std::int64_t{1}, fours_) : fours_;
+}
 
 void Codes::follow(const Codes& other) {
     for (std::size_t i = 0; i < streams_.size(); i++) {
-        streams_[i].reference = other.streams_[i].reference;
+        const Stream& theirs = other.streams_[i];
+        streams_[i] = {theirs.reference, theirs.axes, theirs.lead, 0};
     }
 }
 
-void Codes::refer(std::int64_t stream, std::int64_t last) {
-    Stream& of = streams_[stream];
-    of.own = true;
-    if (last < ENOUGH && !of.reference.empty()) return;
-    of.reference.assign(dim_, 0.0);
-    for (std::int64_t i = 0; i < last; i++) {
-        const float* landmark = this->landmark(stream, i);
-        for (std::int64_t d = 0; d < dim_; d++) of.reference[d] += landmark[d];
-    }
-    for (double& x : of.reference) x /= static_cast<double>(last);
+Codes::Part Codes::first(std::int64_t stream) const {
+    return {streams_[stream].lead, codes_.get() + stream * groups_ * fours_ * LANES * FOUR,
+            scales_.get() + stream * groups_ * LANES,
+            const_cast<Bounds*>(bounds_.data()) + stream * groups_};
+}
+
+Codes::Part Codes::rest(std::int64_t stream) const {
+    const std::int64_t lead = streams_[stream].lead;
+    return {fours_ - lead,
+            codes_.get() + (stream * fours_ + lead) * groups_ * LANES * FOUR,
+            rest_scales_.get() + stream * groups_ * LANES,
+            const_cast<Bounds*>(rest_bounds_.data()) + stream * groups_};
 }
 
 void Codes::encode(std::int64_t stream, std::int64_t first, std::int64_t last) {
-    if (first >= last) return;
     Stream& of = streams_[stream];
-    if (!of.own) refer(stream, last);
-    std::uint8_t* codes = const_cast<std::uint8_t*>(this->codes(stream));
-    std::uint16_t* scales = const_cast<std::uint16_t*>(this->scales(stream));
-    Bounds* bounds = const_cast<Bounds*>(this->bounds(stream));
-    std::vector<double> rest(dim_);
+    const Part lead = this->first(stream), rest = this->rest(stream);
+    const std::int64_t leading = std::min(dim_, lead.fours * FOUR);
+    std::vector<double> off(dim_), turned(dim_);
     for (std::int64_t row = first; row < last; row++) {
         const float* landmark = this->landmark(stream, row);
-        double most = 0, square = 0;
+        double square = 0;
         for (std::int64_t d = 0; d < dim_; d++) {
             const double x = landmark[d];
-            rest[d] = x - of.reference[d];
-            most = std::max(most, std::fabs(rest[d]));
+            off[d] = x - of.reference[d];
             square += x * x;
         }
-        const std::int64_t group = row / LANES, lane = row % LANES;
-        const std::uint16_t half = half_up(std::max(most / 127, SMALLEST));
-        const double scale = whole(half);
-        std::uint8_t* to = codes + (group * fours_ * LANES + lane) * FOUR;
-        double error = 0, length = 0;
-        for (std::int64_t d = 0; d < fours_ * FOUR; d++) {
-            const double code = d < dim_ ? std::nearbyint(rest[d] / scale) : 0.0;
-            if (d < dim_) {
-                const double off = rest[d] - code * scale;
-                error += off * off / (scale * scale);
-                length += code * code;
-            }
-            to[d / FOUR * LANES * FOUR + d % FOUR] = static_cast<std::uint8_t>(code + 128);
+        if (!of.axes.empty()) turn(of.axes.data(), off.data(), dim_, turned.data());
+        const double* numbers = of.axes.empty() ? off.data() : turned.data();
+        write(lead, row, numbers, leading);
+        if (rest.fours) {
+            write(rest, row, numbers + leading, dim_ - leading);
+            const double left = length(numbers + leading, dim_ - leading);
+            lengths(stream)[row] = half_up(std::max(left * UP, SMALLEST));
         }
-        scales[row] = half;
-        Bounds& bound = bounds[group];
-        bound.error = std::max(bound.error, static_cast<float>(std::sqrt(error) * UP));
-        bound.length = std::max(bound.length, static_cast<float>(std::sqrt(length) * UP));
         of.longest = std::max(of.longest, std::sqrt(square));
     }
 }
 
 std::size_t Codes::nbytes() const {
-    return count() * groups_ * (fours_ * LANES * FOUR + LANES * sizeof(std::uint16_t)) +
-           bounds_.size() * sizeof(Bounds);
+    const std::size_t rows = count() * groups_ * LANES;
+    return rows * (fours_ * FOUR + 3 * sizeof(std::uint16_t)) +
+           (bounds_.size() + rest_bounds_.size()) * sizeof(Bounds);
 }
 
 }  // namespace kvstore

@@ -7,27 +7,41 @@
 
 namespace kvstore {
 
+template <class T>
+using Lines = std::unique_ptr<T[], void (*)(void*)>;  // whole lines of the cache
+
 // A page's landmarks once more, in a byte a number, with a bound on what that leaves out: a
 // landmark x is near reference + scale * (code - 128).
 //
-// The reference is what a stream's landmarks have in common, which is most of a trained one. A
-// scale is each landmark's own, the bounds are those of a group of LANES landmarks. Once written
-// they only grow, so that who knows fewer of a group's landmarks (a fork) is told a valid bound.
+// The reference is what a stream's landmarks have in common, which is most of a trained one. If
+// they differ along few axes, the codes are of the numbers along those, which come first, and along
+// all others, of which a bound is known without a look at their codes. The scales of the two parts
+// are each landmark's own, the bounds are those of a group of LANES landmarks. Once written they
+// only grow, so that who knows fewer of a group's landmarks (a fork) is told a valid bound.
 class Codes {
    public:
     static constexpr std::int64_t LANES = 16;  // landmarks of a group
     static constexpr std::int64_t FOUR = 4;    // numbers of a landmark that lie side by side
-    // Landmarks whose mean is taken for what all have in common.
-    static constexpr std::int64_t ENOUGH = 64;
 
     struct Bounds {
-        float error;   // the largest |x - what its code says| / scale
-        float length;  // the largest |code - 128|
+        float error = 0;   // the largest |x - what its code says| / scale
+        float length = 0;  // the largest |code - 128|
+    };
+
+    // What is said in some numbers of a stream's landmarks.
+    struct Part {
+        std::int64_t fours;
+        // uint8 [groups, fours, LANES, FOUR]: what a vector instruction takes at a time lies
+        // together.
+        std::uint8_t* codes;
+        std::uint16_t* scales;  // [groups, LANES]: the upper halves of float32
+        Bounds* bounds;         // [groups]
     };
 
     struct Stream {
         std::vector<double> reference;  // [dim]
-        bool own = false;               // it was made from this page's landmarks
+        std::vector<double> axes;       // [dim, dim], a column each, orthonormal; empty: as given
+        std::int64_t lead = 0;          // fours of the numbers that come first
         double longest = 0;             // |x| of its longest landmark
     };
 
@@ -35,6 +49,9 @@ class Codes {
     Codes(const float* landmarks, std::vector<std::int64_t> bases, std::int64_t width,
           std::int64_t dim);
 
+    // Say what a stream's landmarks have in common, before any of them is written. axes: [dim, dim]
+    // or null; lead: along how many of them the landmarks differ most.
+    void refer(std::int64_t stream, const double* reference, const double* axes, std::int64_t lead);
     // Take over what another page's landmarks have in common.
     void follow(const Codes& other);
     // Write the codes of a stream's landmarks at rows first..last.
@@ -49,28 +66,27 @@ class Codes {
     const float* landmark(std::int64_t stream, std::int64_t row) const {
         return landmarks_ + (stream * width_ + row) * dim_;
     }
-    // uint8 [groups, fours, LANES, FOUR]: what a vector instruction takes at a time lies together.
-    const std::uint8_t* codes(std::int64_t stream) const {
-        return codes_.get() + stream * groups_ * fours_ * LANES * FOUR;
+    Part first(std::int64_t stream) const;
+    // Of no fours, where all numbers come first.
+    Part rest(std::int64_t stream) const;
+    // [groups, LANES]: no less than the length of the rest, the upper halves of float32.
+    std::uint16_t* lengths(std::int64_t stream) const {
+        return lengths_.get() + stream * groups_ * LANES;
     }
-    // [groups, LANES]: the upper halves of float32.
-    const std::uint16_t* scales(std::int64_t stream) const {
-        return scales_.get() + stream * groups_ * LANES;
-    }
-    const Bounds* bounds(std::int64_t stream) const { return bounds_.data() + stream * groups_; }
     std::size_t nbytes() const;
 
    private:
-    void refer(std::int64_t stream, std::int64_t last);
-
     const float* landmarks_;
     std::vector<std::int64_t> bases_;
     std::int64_t width_, dim_, fours_, groups_;
     std::vector<Stream> streams_;
     // Not set: pages of memory that hold no landmark yet are not taken from the system.
-    std::unique_ptr<std::uint8_t[], void (*)(void*)> codes_;
-    std::unique_ptr<std::uint16_t[], void (*)(void*)> scales_;
-    std::vector<Bounds> bounds_;
+    Lines<std::uint8_t> codes_;
+    Lines<std::uint16_t> scales_, rest_scales_, lengths_;
+    std::vector<Bounds> bounds_, rest_bounds_;
 };
+
+// Along the columns of axes [dim, dim], what x [dim] is: y [dim].
+void turn(const double* axes, const double* x, std::int64_t dim, double* y);
 
 }  // namespace kvstore

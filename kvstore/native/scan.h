@@ -7,41 +7,43 @@
 
 namespace kvstore {
 
-// One query, as codes are multiplied by it: q is near step * codes[d].
+// A part of a query, as codes are multiplied by it: q is near step * codes[d].
 struct Query {
-    Query(const float* given, std::int64_t dim, std::int64_t fours);
+    // numbers: [count], of a query of this length.
+    Query(const double* numbers, std::int64_t count, std::int64_t fours, double whole);
 
-    std::int64_t dim;
-    std::vector<double> wide;        // [dim]: q
     std::vector<std::int8_t> codes;  // [fours, FOUR]
     std::int32_t centre;             // what 128 in every code of a landmark adds
     float step;
-    double length;   // |q|
-    double error;    // |q - step * codes|
+    float length;  // no less than |q|
     // A landmark's score is off by at most scale * (per_error * error + per_length * length), of
     // its group's bounds.
     float per_error, per_length;
 };
 
-// What a scan of some groups needs and gives. up: the largest score that each landmark can have,
-// [groups, LANES]; low [LANES]: of each lane, the largest of the smallest that its landmarks can
-// have, no less than what it was before.
-struct Groups {
-    const std::uint8_t* codes;
-    const std::uint16_t* scales;
-    const Codes::Bounds* bounds;
-    std::int64_t count;
-    std::int64_t fours;
-    float offset;  // to be added to all scores
-    float* up;
-    float* low;
+// A query along the axes of a page.
+struct Turned {
+    Query first, rest;
+    float offset;  // its inner product with what the landmarks have in common
 };
 
-// Look at groups of landmarks. plain: by the code that every processor runs.
-void scan(const Groups& groups, const Query& query, bool plain);
+// What a page has of a stream, from row 0 on.
+struct View {
+    Codes::Part first, rest;
+    const std::uint16_t* lengths;  // of the rest
+};
 
-// The float32 nearest to the inner product with a landmark, whose numbers are added up in double
+// Of each group that has some of the rows first..last, the largest score that one of those can have
+// by what comes first: most [groups]. plain: by the code that every processor runs.
+void scan(const View& view, std::int64_t first, std::int64_t last, const Turned& query, float* most,
+          bool plain);
+
+// The largest score that each landmark of a group can have by all numbers: up [LANES], with nothing
+// of use for rows that are not written.
+void look(const View& view, std::int64_t group, const Turned& query, float* up, bool plain);
+
+// The float32 nearest to the inner product of [dim] numbers, which are added up in double
 // precision, always in the same order: a product of two float32 is exact there.
-float score(const float* landmark, const Query& query);
+float score(const float* landmark, const double* query, std::int64_t dim);
 
 }  // namespace kvstore

@@ -30,8 +30,13 @@ using Array = py::array_t<T, py::array::c_style>;
 using Numbers = std::vector<std::int64_t>;
 
 constexpr std::int64_t LANES = Codes::LANES;
-// Landmarks of which one for each lane is compared with the others for the k-th best.
-constexpr std::int64_t CHUNK = 64;
+// Groups of landmarks that are looked at for one query after the other while they are in the cache.
+constexpr std::int64_t BLOCK = 32;
+// Groups that look best: the best of each is scored first. So many more than are wanted, and so
+// many more where the codes of some numbers were not looked at.
+constexpr std::size_t MORE = 4, MORE_OF_PARTS = 16;
+// Groups that are on their way while another is looked at.
+constexpr std::size_t AHEAD = 4;
 // Scores up to which float32 is far from overflowing.
 constexpr double LARGEST = 1e30;
 // Numbers of a landmark up to which sums of products of codes fit into int32.
@@ -125,11 +130,13 @@ class Search {
     Search(const std::vector<Codes*>& pages, std::int64_t stream, std::int64_t k, bool plain)
         : pages_(pages), stream_(stream), k_(k), plain_(plain) {}
 
-    // Ask for the landmarks start..stop with the largest inner products with a query.
-    void ask(Query query, std::int64_t start, std::int64_t stop) {
+    // Ask for the landmarks start..stop with the largest inner products with a query [dim].
+    void ask(const float* query, std::int64_t dim, std::int64_t start, std::int64_t stop) {
         if (asked_.empty()) start_ = start, stop_ = stop;
         stop_ = std::max(stop_, stop);
-        asked_.push_back({std::move(query), stop, stop - start >= WORTH * k_, {}, {}});
+        Asked asked{{query, query + dim}, 0, stop, stop - start >= WORTH * k_, {}, {}, {}};
+        asked.length = length(asked.query);
+        asked_.push_back(std::move(asked));
     }
 
     // Write the k best for each query, one query behind the other.
@@ -138,12 +145,11 @@ class Search {
         for (const Asked& asked : asked_) {
             Best best(k_);
             if (asked.coded) {
-                for (const Row& row : asked.candidates) prefetch(row.landmark, asked.query.dim);
-                for (const Row& row : asked.candidates) add(row, asked.query, best);
+                score_all(asked.candidates, asked, best);
             } else {
                 for (const Span& span : spans_) {
                     for (std::int64_t row = span.first; row < end_of(span, asked); row++) {
-                        add(row_of(span, row), asked.query, best);
+                        add(row_of(span, row), asked, best);
                     }
                 }
             }
@@ -153,7 +159,7 @@ class Search {
         }
     }
 
-    // How many landmarks are scored for the first query.
+    // How many landmarks are scored for the first query, besides those that look best.
     std::int64_t candidates() {
         find();
         return asked_[0].coded ? asked_[0].candidates.size() : stop_ - start_;
@@ -165,11 +171,21 @@ class Search {
         std::int64_t number;
     };
 
+    // A group of a span that has landmarks which count.
+    struct Group {
+        float most;  // the largest score that one of them can have
+        std::size_t span;
+        std::int64_t number;  // in the page
+        bool operator>(const Group& other) const { return most > other.most; }
+    };
+
     struct Asked {
-        Query query;
+        std::vector<double> query;
+        double length;  // |q|
         std::int64_t stop;
-        bool coded;              // codes say something about this query
-        std::vector<float> low;  // [chunks and edges, LANES]
+        bool coded;                  // codes say something about this query
+        std::vector<Turned> turned;  // along the axes of each span's page
+        std::vector<float> most;     // of each group of the spans, the largest score it can have
         std::vector<Row> candidates;
     };
 
@@ -183,114 +199,156 @@ class Search {
             common_ = std::max(common_, common);
             longest = std::max({longest, of.longest, common});
         }
-        width_ = stop_ - start_ + 2 * LANES * static_cast<std::int64_t>(spans_.size());
-        up_.resize(width_ * asked_.size());
         bool some = false;
         for (Asked& asked : asked_) {
-            const Query& query = asked.query;
-            asked.coded = asked.coded && query.dim <= WIDEST &&
-                          std::max(query.length, 1 / LARGEST) * longest <= LARGEST;
+            asked.coded = asked.coded && longest <= LARGEST && asked.length <= LARGEST &&
+                          static_cast<std::int64_t>(asked.query.size()) <= WIDEST &&
+                          std::max(asked.length, 1 / LARGEST) * longest <= LARGEST;
             some = some || asked.coded;
         }
         if (!some) return;
-        std::int64_t at = 0;
-        for (const Span& span : spans_) at += look(span, at);
-        for (std::size_t i = 0; i < asked_.size(); i++) {
-            if (asked_[i].coded) asked_[i].coded = choose(asked_[i], up_.data() + i * width_);
+        for (const Span& span : spans_) scan_span(span);
+        for (Asked& asked : asked_) {
+            if (asked.coded) asked.coded = choose(asked);
         }
     }
 
-    // Write the largest possible scores of a span's landmarks to up_, from `at` on, and to each
-    // query's `low` the largest of the smallest possible ones; return how many were written.
-    std::int64_t look(const Span& span, std::int64_t at) {
-        const Codes& page = *span.page;
-        const std::vector<double>& reference = page.stream(stream_).reference;
-        std::vector<float> offsets;
-        for (const Asked& asked : asked_) {
-            double offset = 0;
-            for (std::size_t d = 0; d < reference.size(); d++) {
-                offset += asked.query.wide[d] * reference[d];
-            }
-            offsets.push_back(static_cast<float>(offset));
+    Turned turn(const std::vector<double>& query, const Codes& page) const {
+        const Codes::Stream& of = page.stream(stream_);
+        const std::int64_t dim = query.size();
+        std::vector<double> turned = query;
+        if (!of.axes.empty()) kvstore::turn(of.axes.data(), query.data(), dim, turned.data());
+        const std::int64_t leading = std::min(dim, of.lead * Codes::FOUR);
+        const double whole = length(query);
+        return {Query(turned.data(), leading, of.lead, whole),
+                Query(turned.data() + leading, dim - leading, page.fours() - of.lead, whole),
+                static_cast<float>(inner(query, of.reference))};
+    }
+
+    // Find the largest scores that a span's groups can have, for each query.
+    void scan_span(const Span& span) {
+        const View view = this->view(span);
+        const std::int64_t begin = span.first / LANES, end = groups(span.last);
+        std::vector<float*> most;
+        for (Asked& asked : asked_) {
+            asked.turned.push_back(turn(asked.query, *span.page));
+            asked.most.resize(asked.most.size() + end - begin, LOWEST);
+            most.push_back(asked.most.data() + asked.most.size() - (end - begin));
         }
-        const std::int64_t begin = span.first / LANES * LANES, end = rounded(span.last);
-        for (std::int64_t chunk = begin; chunk < end; chunk += CHUNK) {
+        for (std::int64_t g = begin; g < end; g += BLOCK) {
+            const std::int64_t first = std::max(span.first, g * LANES);
             for (std::size_t i = 0; i < asked_.size(); i++) {
-                Asked& asked = asked_[i];
-                if (!asked.coded) continue;
-                const std::int64_t last = std::min(end_of(span, asked), chunk + CHUNK);
-                for (std::int64_t row = chunk; row < last;) {
-                    const bool edge = row < span.first || row + LANES > last;
-                    const std::int64_t count = edge ? LANES : (last - row) / LANES * LANES;
-                    asked.low.resize(asked.low.size() + LANES, LOWEST);
-                    float* low = asked.low.data() + asked.low.size() - LANES;
-                    float* up = up_.data() + i * width_ + at + (row - begin);
-                    scan({page.codes(stream_) + row * page.fours() * Codes::FOUR,
-                          page.scales(stream_) + row, page.bounds(stream_) + row / LANES,
-                          count / LANES, page.fours(), offsets[i], up, low},
-                         asked.query, plain_);
-                    for (std::int64_t lane = 0; edge && lane < LANES; lane++) {
-                        if (row + lane < span.first || row + lane >= last) {
-                            up[lane] = low[lane] = LOWEST;
-                        }
-                    }
-                    row += count;
-                }
+                const std::int64_t last = std::min(end_of(span, asked_[i]), (g + BLOCK) * LANES);
+                if (!asked_[i].coded) continue;
+                scan(view, first, last, asked_[i].turned.back(), most[i] + (g - begin), plain_);
             }
         }
-        return end - begin;
+    }
+
+    View view(const Span& span) const {
+        return {span.page->first(stream_), span.page->rest(stream_), span.page->lengths(stream_)};
     }
 
     // Keep those that could be among the k best; false if all could.
-    bool choose(Asked& asked, const float* up) const {
+    bool choose(Asked& asked) const {
         // What else rounding does: to the scores themselves, and to what is near zero.
-        const double margin = 2 * (1e-6 * asked.query.length * common_ + 1e-36) * (1 + 1e-6);
-        const float least = kth_largest(asked.low, k_) - static_cast<float>(margin);
+        const double margin = 2 * (1e-6 * asked.length * common_ + 1e-36) * (1 + 1e-6);
+        const float least = least_of_promising(asked) - static_cast<float>(margin);
         if (least == LOWEST) return false;
-        for (const Span& span : spans_) {
-            const std::int64_t begin = span.first / LANES * LANES;
-            const std::int64_t end = rounded(end_of(span, asked));
-            for (std::int64_t i = 0; i < end - begin; i += LANES) {
-                float most = up[i];
-                for (std::int64_t lane = 1; lane < LANES; lane++) {
-                    most = std::max(most, up[i + lane]);
-                }
-                if (most < least) continue;
-                for (std::int64_t lane = 0; lane < LANES; lane++) {
-                    if (up[i + lane] < least) continue;
-                    asked.candidates.push_back(row_of(span, begin + i + lane));
-                }
+        each(reaching(asked, least), asked, [&](const Group& group, const float* up) {
+            for (std::int64_t lane = 0; lane < LANES; lane++) {
+                if (up[lane] < least || !counts(group, lane, asked)) continue;
+                asked.candidates.push_back(row_of(group, lane));
             }
-            up += rounded(span.last) - begin;
-        }
+        });
         return true;
     }
 
-    static float kth_largest(const std::vector<float>& values, std::int64_t k) {
-        if (static_cast<std::int64_t>(values.size()) < k) return LOWEST;
-        std::vector<float> largest(k, LOWEST);  // a heap, the smallest first
-        for (std::size_t i = 0; i < values.size(); i += LANES) {
-            float most = values[i];
-            for (std::int64_t lane = 1; lane < LANES; lane++) {
-                most = std::max(most, values[i + lane]);
+    // The k-th best score of some landmarks that look best, one of a group.
+    float least_of_promising(const Asked& asked) const {
+        std::vector<Group> groups;  // a heap, the smallest first
+        const bool parted = !asked.turned.back().rest.codes.empty();
+        const std::size_t wanted = k_ + (parted ? MORE_OF_PARTS : MORE);
+        each_group(asked, [&](const Group& group) {
+            if (groups.size() == wanted) {
+                if (!(group > groups.front())) return;
+                std::pop_heap(groups.begin(), groups.end(), std::greater<>());
+                groups.pop_back();
             }
-            if (most <= largest.front()) continue;
+            groups.push_back(group);
+            std::push_heap(groups.begin(), groups.end(), std::greater<>());
+        });
+        std::vector<Row> rows;
+        each(groups, asked, [&](const Group& group, const float* up) {
+            std::int64_t best = -1;
             for (std::int64_t lane = 0; lane < LANES; lane++) {
-                if (values[i + lane] <= largest.front()) continue;
-                std::pop_heap(largest.begin(), largest.end(), std::greater<float>());
-                largest.back() = values[i + lane];
-                std::push_heap(largest.begin(), largest.end(), std::greater<float>());
+                if (counts(group, lane, asked) && (best < 0 || up[lane] > up[best])) best = lane;
             }
-        }
-        return largest.front();
+            if (best >= 0) rows.push_back(row_of(group, best));
+        });
+        Best best(k_);
+        score_all(rows, asked, best);
+        return best.least();
     }
 
-    static std::int64_t rounded(std::int64_t row) { return (row + LANES - 1) / LANES * LANES; }
+    std::vector<Group> reaching(const Asked& asked, float least) const {
+        std::vector<Group> found;
+        each_group(asked, [&](const Group& group) {
+            if (group.most >= least) found.push_back(group);
+        });
+        return found;
+    }
+
+    template <class Visit>
+    void each_group(const Asked& asked, const Visit& visit) const {
+        const float* most = asked.most.data();
+        for (std::size_t i = 0; i < spans_.size(); i++) {
+            for (std::int64_t g = spans_[i].first / LANES; g < groups(spans_[i].last); g++) {
+                visit({*most++, i, g});
+            }
+        }
+    }
+
+    // Visit groups with the largest scores that their landmarks can have.
+    template <class Visit>
+    void each(const std::vector<Group>& groups, const Asked& asked, const Visit& visit) const {
+        for (std::size_t i = 0; i < std::min(AHEAD, groups.size()); i++) prefetch(groups[i]);
+        for (std::size_t i = 0; i < groups.size(); i++) {
+            if (i + AHEAD < groups.size()) prefetch(groups[i + AHEAD]);
+            const Group& group = groups[i];
+            float up[LANES];
+            look(view(spans_[group.span]), group.number, asked.turned[group.span], up, plain_);
+            visit(group, up);
+        }
+    }
+
+    void prefetch(const Group& group) const {
+        const View view = this->view(spans_[group.span]);
+        for (const Codes::Part& part : {view.first, view.rest}) {
+            const std::int64_t size = part.fours * LANES * Codes::FOUR;
+            for (std::int64_t i = 0; i < size; i += 64) {
+                __builtin_prefetch(part.codes + group.number * size + i);
+            }
+        }
+    }
+
+    bool counts(const Group& group, std::int64_t lane, const Asked& asked) const {
+        const Span& span = spans_[group.span];
+        const std::int64_t row = group.number * LANES + lane;
+        return row >= span.first && row < end_of(span, asked);
+    }
+
+    // So many groups have the rows before this one.
+    static std::int64_t groups(std::int64_t row) { return (row + LANES - 1) / LANES; }
+
+    static double inner(const std::vector<double>& numbers, const std::vector<double>& others) {
+        double sum = 0;
+        for (std::size_t d = 0; d < others.size(); d++) sum += numbers[d] * others[d];
+        return sum;
+    }
 
     static double length(const std::vector<double>& numbers) {
-        double square = 0;
-        for (const double x : numbers) square += x * x;
-        return std::sqrt(square);
+        return std::sqrt(inner(numbers, numbers));
     }
 
     // The row of a span at which the landmarks end that count for a query; no less than its first.
@@ -302,8 +360,18 @@ class Search {
         return {span.page->landmark(stream_, row), span.number + row - span.first};
     }
 
-    static void add(const Row& row, const Query& query, Best& best) {
-        const float found = score(row.landmark, query);
+    Row row_of(const Group& group, std::int64_t lane) const {
+        return row_of(spans_[group.span], group.number * LANES + lane);
+    }
+
+    static void score_all(const std::vector<Row>& rows, const Asked& asked, Best& best) {
+        const std::int64_t dim = asked.query.size();
+        for (const Row& row : rows) kvstore::prefetch(row.landmark, dim);
+        for (const Row& row : rows) add(row, asked, best);
+    }
+
+    static void add(const Row& row, const Asked& asked, Best& best) {
+        const float found = score(row.landmark, asked.query.data(), asked.query.size());
         if (found >= best.least()) best.add({found, row.number});
     }
 
@@ -313,13 +381,8 @@ class Search {
     std::int64_t start_ = 0, stop_ = 0;
     std::vector<Asked> asked_;
     std::vector<Span> spans_;
-    double common_ = 0;       // the longest of the pages' references
-    std::int64_t width_ = 0;  // of a query's part of up_
-    // Kept between searches: fresh memory of this size costs page faults.
-    static thread_local std::vector<float> up_;
+    double common_ = 0;  // the longest of the pages' references
 };
-
-thread_local std::vector<float> Search::up_;
 
 void check(const std::vector<Codes*>& pages, const Numbers& streams, const Numbers& counts,
            std::int64_t dim) {
@@ -355,7 +418,6 @@ py::tuple top_k(const std::vector<Codes*>& pages, const Numbers& streams, const 
     std::int64_t* number = numbers.mutable_data();
     float* score = scores.mutable_data();
     const float* query = reinterpret_cast<const float*>(queries);
-    const std::int64_t fours = (dim + Codes::FOUR - 1) / Codes::FOUR;
     const std::int64_t* bounds = array ? array->data() : nullptr;
     const std::int64_t bound =
         before && !array ? std::get<std::int64_t>(*before) : std::numeric_limits<std::int64_t>::max();
@@ -365,7 +427,7 @@ py::tuple top_k(const std::vector<Codes*>& pages, const Numbers& streams, const 
         Search search(pages, streams[i], k, plain);
         for (std::int64_t j = i * m; j < (i + 1) * m; j++) {
             const std::int64_t stop = std::min(counts[streams[i]], bounds ? bounds[j - i * m] : bound);
-            search.ask(Query(query + j * dim, dim, fours), start, std::max(start, stop));
+            search.ask(query + j * dim, dim, start, std::max(start, stop));
         }
         if (m) search.answer(number + i * m * k, score + i * m * k);
     });
@@ -376,9 +438,7 @@ std::int64_t candidates(const std::vector<Codes*>& pages, std::int64_t stream,
                         const Numbers& counts, Address query, std::int64_t dim, std::int64_t k) {
     check(pages, {stream}, counts, dim);
     Search search(pages, stream, k, false);
-    search.ask(Query(reinterpret_cast<const float*>(query), dim,
-                     (dim + Codes::FOUR - 1) / Codes::FOUR),
-               0, counts[stream]);
+    search.ask(reinterpret_cast<const float*>(query), dim, 0, counts[stream]);
     return search.candidates();
 }
 
@@ -440,6 +500,17 @@ void bind_search(py::module_& module) {
                                                 landmarks.shape(1), landmarks.shape(2));
              }),
              py::arg("landmarks").noconvert(), py::arg("bases"), py::keep_alive<1, 2>())
+        .def("refer",
+             [](Codes& self, std::int64_t stream, const Array<double>& reference,
+                const std::optional<Array<double>>& axes, std::int64_t lead) {
+                 const std::int64_t dim = self.dim();
+                 if (stream < 0 || stream >= self.count() || reference.size() != dim ||
+                     (axes && axes->size() != dim * dim)) {
+                     throw py::value_error("a stream's reference is [dim], its axes [dim, dim]");
+                 }
+                 self.refer(stream, reference.data(), axes ? axes->data() : nullptr, lead);
+             },
+             py::arg("stream"), py::arg("reference"), py::arg("axes"), py::arg("lead"))
         .def("follow",
              [](Codes& self, const Codes& other) {
                  if (other.dim() != self.dim() || other.count() != self.count()) {

@@ -67,11 +67,10 @@ KVSTORE_VECTOR void scan_plain(const View& view, std::int64_t first, std::int64_
         std::fill_n(up, LANES, query.offset);
         add_plain(view.first, g, query.first, up);
         float largest = LOWEST;
-        for (std::int64_t lane = 0; lane < LANES; lane++) {
-            const std::int64_t row = g * LANES + lane;
-            if (row < first || row >= last) continue;
-            if (view.rest.fours) up[lane] += whole(view.lengths[row]) * query.rest.length;
-            largest = std::max(largest, up[lane]);
+        for (std::int64_t row = g * LANES; row < std::min(last, g * LANES + LANES); row++) {
+            float& most = up[row - g * LANES];
+            if (view.rest.fours) most += whole(view.lengths[row]) * query.rest.length;
+            largest = std::max(largest, most);
         }
         *most++ = largest;
     }
@@ -130,11 +129,9 @@ KVSTORE_VNNI_TARGET void scan_vnni(const View& view, std::int64_t first, std::in
         if (view.rest.fours) {
             up = _mm512_add_ps(up, _mm512_mul_ps(whole16(view.lengths + g * LANES), rest));
         }
-        std::uint32_t rows = 0xFFFF;
-        if (g * LANES < first) rows &= rows << (first - g * LANES);
-        if (g * LANES + LANES > last) rows &= (1u << (last - g * LANES)) - 1;
-        *most++ = _mm512_reduce_max_ps(
-            _mm512_mask_mov_ps(_mm512_set1_ps(LOWEST), static_cast<__mmask16>(rows), up));
+        const std::int64_t rows = std::min(last - g * LANES, LANES);
+        *most++ = _mm512_reduce_max_ps(_mm512_mask_mov_ps(
+            _mm512_set1_ps(LOWEST), static_cast<__mmask16>((1u << rows) - 1), up));
     }
 }
 

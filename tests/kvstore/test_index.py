@@ -341,6 +341,26 @@ def test_codes_leave_few_to_be_scored():
 
 
 @pytest.mark.parametrize("plain", [False, True])
+def test_a_landmark_wins_by_what_is_read_last(plain):
+    """All that it has is along an axis of the rest, just where the query's rest points."""
+    generator = np.random.default_rng(6)
+    landmarks = np.zeros((2048, 16), np.float32)
+    landmarks[:, :8] = generator.uniform(-10, 9.8, (2048, 8))
+    winners = generator.choice(2048, 4, replace=False)
+    landmarks[winners] = 0
+    landmarks[winners, 15] = 10
+    query = np.zeros(16, np.float32)
+    query[[0, 15]] = 1
+    held = pages.LandmarkPages(1, 16, torch.device("cpu"))
+    with in_parts():
+        held.append(0, torch.from_numpy(landmarks))
+    numbers, _ = _native.top_k(
+        held.codes, [0], held.counts, query.ctypes.data, 1, 16, 4, None, 0, 1, plain
+    )
+    assert numbers[0, 0].tolist() == sorted(winners.tolist())
+
+
+@pytest.mark.parametrize("plain", [False, True])
 def test_what_differs_along_few_axes_is_read_in_parts(plain, monkeypatch):
     refer, told = _native.Codes.refer, []
 

@@ -35,13 +35,6 @@ std::uint16_t half_up(double value) {
     return static_cast<std::uint16_t>((bits + 0xFFFF) >> 16);
 }
 
-double whole(std::uint16_t half) {
-    const std::uint32_t bits = static_cast<std::uint32_t>(half) << 16;
-    float single;
-    std::memcpy(&single, &bits, sizeof single);
-    return single;
-}
-
 // Write the codes of one landmark's part, numbers [count].
 KVSTORE_VECTOR void write(const Codes::Part& part, std::int64_t row, const double* numbers,
                           std::int64_t count) {
@@ -66,12 +59,6 @@ KVSTORE_VECTOR void write(const Codes::Part& part, std::int64_t row, const doubl
     Codes::Bounds& bound = part.bounds[group];
     bound.error = std::max(bound.error, static_cast<float>(std::sqrt(error) * UP));
     bound.length = std::max(bound.length, static_cast<float>(std::sqrt(length) * UP));
-}
-
-double length(const double* numbers, std::int64_t count) {
-    double square = 0;
-    for (std::int64_t d = 0; d < count; d++) square += numbers[d] * numbers[d];
-    return std::sqrt(square);
 }
 
 }  // namespace

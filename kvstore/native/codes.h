@@ -1,7 +1,9 @@
 #pragma once
 
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <memory>
 #include <vector>
 
@@ -85,6 +87,21 @@ class Codes {
     Lines<std::uint16_t> scales_, rest_scales_, lengths_;
     std::vector<Bounds> bounds_, rest_bounds_;
 };
+
+// The float32 of which this is the upper half.
+inline float whole(std::uint16_t half) {
+    const std::uint32_t bits = static_cast<std::uint32_t>(half) << 16;
+    float single;
+    std::memcpy(&single, &bits, sizeof single);
+    return single;
+}
+
+// The length of numbers [count].
+inline double length(const double* numbers, std::int64_t count) {
+    double square = 0;
+    for (std::int64_t d = 0; d < count; d++) square += numbers[d] * numbers[d];
+    return std::sqrt(square);
+}
 
 // Along the columns of axes [dim, dim], what x [dim] is: y [dim].
 void turn(const double* axes, const double* x, std::int64_t dim, double* y);

@@ -30,15 +30,9 @@ constexpr double ROUNDING = 1e-6;
 
 constexpr float LOWEST = -std::numeric_limits<float>::infinity();
 
-inline float whole(std::uint16_t half) {
-    const std::uint32_t bits = static_cast<std::uint32_t>(half) << 16;
-    float single;
-    std::memcpy(&single, &bits, sizeof single);
-    return single;
-}
-
 inline float wide(const Codes::Part& part, std::int64_t group, const Query& query) {
-    return query.per_error * part.bounds[group].error + query.per_length * part.bounds[group].length;
+    const Codes::Bounds& bounds = part.bounds[group];
+    return query.per_error * bounds.error + query.per_length * bounds.length;
 }
 
 // Add to `up` what a group's codes of a part say at most.
@@ -158,11 +152,8 @@ typedef double Doubles __attribute__((vector_size(EIGHT * sizeof(double))));
 
 Query::Query(const double* numbers, std::int64_t count, std::int64_t fours, double whole)
     : codes(fours * FOUR, 0) {
-    double most = 0, square = 0, off = 0;
-    for (std::int64_t d = 0; d < count; d++) {
-        most = std::max(most, std::fabs(numbers[d]));
-        square += numbers[d] * numbers[d];
-    }
+    double most = 0, off = 0;
+    for (std::int64_t d = 0; d < count; d++) most = std::max(most, std::fabs(numbers[d]));
     step = static_cast<float>(std::max(most / 127, SMALLEST));
     std::int32_t sum = 0;
     for (std::int64_t d = 0; d < count; d++) {
@@ -172,15 +163,15 @@ Query::Query(const double* numbers, std::int64_t count, std::int64_t fours, doub
         off += (numbers[d] - code * step) * (numbers[d] - code * step);
     }
     centre = 128 * sum;
-    const double error = std::sqrt(off), least = std::max(std::sqrt(square), SMALLEST);
+    const double error = std::sqrt(off), least = std::max(kvstore::length(numbers, count), SMALLEST);
     length = static_cast<float>(least * (1 + 4 * ROUNDING));
     per_error = length;
     per_length = static_cast<float>(error * (1 + 4 * ROUNDING) +
                                     ROUNDING * (std::max(whole, SMALLEST) + error));
 }
 
-void scan(const View& view, std::int64_t first, std::int64_t last, const Turned& query, float* most,
-          bool plain) {
+void scan(const View& view, std::int64_t first, std::int64_t last, const Turned& query,
+          float* most, bool plain) {
     if (first >= last) return;
 #ifdef KVSTORE_VNNI
     if (!plain && has_vnni()) {

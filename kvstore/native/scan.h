@@ -33,10 +33,11 @@ struct View {
     const std::uint16_t* lengths;  // of the rest
 };
 
-// Of each group that has some of the rows first..last, the largest score that one of its rows before
-// `last` can have by what comes first: most [groups]. plain: by the code that every processor runs.
-void scan(const View& view, std::int64_t first, std::int64_t last, const Turned& query, float* most,
-          bool plain);
+// Of each group that has some of the rows first..last, the largest score that one of its rows
+// before `last` can have by what comes first: most [groups]. plain: by the code that every
+// processor runs.
+void scan(const View& view, std::int64_t first, std::int64_t last, const Turned& query,
+          float* most, bool plain);
 
 // The largest score that each landmark of a group can have by all numbers: up [LANES], with nothing
 // of use for rows that are not written.

@@ -348,7 +348,7 @@ class Search {
     }
 
     static double length(const std::vector<double>& numbers) {
-        return std::sqrt(inner(numbers, numbers));
+        return kvstore::length(numbers.data(), numbers.size());
     }
 
     // The row of a span at which the landmarks end that count for a query; no less than its first.

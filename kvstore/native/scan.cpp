@@ -163,7 +163,8 @@ Query::Query(const double* numbers, std::int64_t count, std::int64_t fours, doub
         off += (numbers[d] - code * step) * (numbers[d] - code * step);
     }
     centre = 128 * sum;
-    const double error = std::sqrt(off), least = std::max(kvstore::length(numbers, count), SMALLEST);
+    const double error = std::sqrt(off);
+    const double least = std::max(kvstore::length(numbers, count), SMALLEST);
     length = static_cast<float>(least * (1 + 4 * ROUNDING));
     per_error = length;
     per_length = static_cast<float>(error * (1 + 4 * ROUNDING) +

@@ -725,9 +725,12 @@ class DiskTier:
         return True
 
     def _require(self, transaction: lmdb.Transaction, pages: int) -> None:
-        """Refuse to use the reserve."""
-        if self._pages_in_use(transaction) + pages > self._writable_pages:
+        """Refuse to use the reserve, and to begin what the map has no room for."""
+        needed = self._pages_in_use(transaction) + pages
+        if needed > self._writable_pages:
             raise _NoRoom
+        if needed > self._map_pages:
+            raise lmdb.MapFullError("the map has to grow before this is worth beginning")
 
     def _reclaim(self, pages: int) -> bool:
         """Copy packs without their deleted blocks until `pages` are gained; say whether any were.

@@ -15,6 +15,11 @@ from model.layers import rotate
 FEW = 8
 """Rows a block up to which the compiled kernel is the faster one (bench/decode.py)."""
 
+_TILE_BYTES = 1 << 21
+"""What is made in between of a few groups on a CPU: it stays in a core's second-level cache, and in
+memory that the C library keeps; that of a whole piece of text would come new from the system each
+time."""
+
 _ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """What the compiled kernel reads from a slab, and how it is told."""
 
@@ -43,28 +48,7 @@ def block_attention(
     """
     if _compiled(q, keys, values, slots, gate, *(local or ())):
         return _attend_in_place(q, None, keys, values, slots, gate, None, local)
-    shape = slots.shape
-    some_absent = slots.numel() > 0 and int(slots.min()) < 0
-    flat = (slots.clamp(min=0) if some_absent else slots).reshape(-1)
-    k = keys.index_select(0, flat).to(q.dtype)  # [S * G * M, B, D]
-    v = values.index_select(0, flat).to(q.dtype)
-    rows, dim = q.shape[-2:]
-    scores = torch.bmm(
-        q.expand(*shape, rows, dim).reshape(len(flat), rows, dim), k.transpose(1, 2)
-    )  # [S * G * M, R, B]
-    inner = torch.bmm(scores.softmax(dim=-1), v).view(*shape, rows, v.shape[-1])
-    if gate is None:
-        gate = scores.logsumexp(dim=-1).view(*shape, rows)
-    if some_absent:
-        absent = slots < 0
-        gate = gate.masked_fill(absent[..., None], float("-inf"))
-        inner = inner.masked_fill(absent[..., None, None], 0.0)  # an unfilled slot may hold NaN
-    if local is not None:
-        gate = torch.cat((gate, local[1][:, :, None]), dim=2)  # [S, G, M + 1, R]
-        inner = torch.cat((inner, local[0][:, :, None]), dim=2)
-    weights = gate.softmax(dim=2)
-    merged = (inner * weights[..., None]).sum(dim=2)
-    return merged, gate.logsumexp(dim=2), weights[:, :, : shape[2]]
+    return _attend(q, None, keys, values, slots, gate, local)
 
 
 def landmark_attention(
@@ -83,9 +67,77 @@ def landmark_attention(
     if _compiled(q, keys, values, slots, landmarks, *places, *(local or ())):
         return _attend_in_place(q, places, keys, values, slots, None, landmarks, local)
     cos, sin = places
-    placed = rotate(q[:, :, None], (cos[:, None], sin[:, None]))  # [S, G, M, R, D]
-    gate = (placed @ landmarks[..., None])[..., 0]  # [S, G, M, R]
-    return block_attention(placed, keys, values, slots, gate, local)
+    # A landmark turned back meets the queries as they are: there are fewer of them.
+    gate = rotate(landmarks, (cos, -sin)) @ q.mT  # [S, G, M, R]
+    return _attend(q[:, :, None], places, keys, values, slots, gate, local)
+
+
+def _attend(
+    q: Tensor,  # [S, G, M or 1, R, D]
+    places: tuple[Tensor, Tensor] | None,  # [M, D] each: block m sees the queries rotated so
+    keys: Tensor,
+    values: Tensor,
+    slots: Tensor,
+    gate: Tensor | None,
+    local: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Attend by PyTorch, on a CPU to a few groups at a time."""
+    streams, groups, blocks = slots.shape
+    step = groups
+    if q.is_cpu:
+        wide = max(q.shape[-2], keys.shape[1]) * max(keys.shape[2], values.shape[2])
+        step = max(1, _TILE_BYTES // max(1, streams * blocks * wide * q.itemsize))
+    parts = []
+    for start in range(0, max(1, groups), max(1, step)):
+        part = slice(start, start + step)
+        some_q = q[:, part]
+        if places is not None:
+            cos, sin = places
+            some_q = rotate(some_q, (cos[:, None], sin[:, None]))  # [S, g, M, R, D]
+        given = (
+            None if gate is None else gate[:, part],
+            local and tuple(t[:, part] for t in local),
+        )
+        parts.append(_attend_part(some_q, keys, values, slots[:, part], *given))
+    if len(parts) == 1:
+        return parts[0]
+    out, lse, weights = (torch.cat(of_parts, dim=1) for of_parts in zip(*parts, strict=True))
+    return out, lse, weights
+
+
+def _attend_part(
+    q: Tensor,  # [S, G, M or 1, R, D]
+    keys: Tensor,
+    values: Tensor,
+    slots: Tensor,
+    gate: Tensor | None,
+    local: tuple[Tensor, ...] | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    shape = slots.shape
+    some_absent = slots.numel() > 0 and int(slots.min()) < 0
+    flat = (slots.clamp(min=0) if some_absent else slots).reshape(-1)
+    k = keys.index_select(0, flat).to(q.dtype)  # [S * G * M, B, D]
+    v = values.index_select(0, flat).to(q.dtype)
+    rows, dim = q.shape[-2:]
+    scores = torch.bmm(
+        q.expand(*shape, rows, dim).reshape(len(flat), rows, dim), k.transpose(1, 2)
+    )  # [S * G * M, R, B]
+    if gate is None:
+        gate = scores.logsumexp(dim=-1).view(*shape, rows)
+    if some_absent:
+        absent = slots < 0
+        gate = gate.masked_fill(absent[..., None], float("-inf"))
+        nowhere = absent.view(-1, 1, 1)  # an unfilled slot may hold NaN
+        scores, v = scores.masked_fill(nowhere, 0.0), v.masked_fill(nowhere, 0.0)
+    if local is not None:
+        gate = torch.cat((gate, local[1][:, :, None]), dim=2)  # [S, G, M + 1, R]
+    weights = gate.softmax(dim=2)
+    of_blocks = weights[:, :, : shape[2]]
+    shares = scores.softmax(dim=-1) * of_blocks.reshape(len(flat), rows, 1)
+    merged = torch.bmm(shares, v).view(*shape, rows, v.shape[-1]).sum(dim=2)
+    if local is not None:
+        merged = torch.addcmul(merged, weights[:, :, shape[2], :, None], local[0])
+    return merged, gate.logsumexp(dim=2), of_blocks
 
 
 def _compiled(q: Tensor, keys: Tensor, values: Tensor, *others: Tensor | None) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from model import attention
 from model.attention import (
     FEW,
     block_attention,
@@ -34,6 +36,7 @@ shapes = st.fixed_dictionaries(
         "seed": st.integers(0, 2**31),
     }
 )
+tiles = st.sampled_from([1, attention._TILE_BYTES])  # a group, or all of such a few
 
 
 class Case:
@@ -127,8 +130,10 @@ def test_with_every_block_and_no_gate_it_is_full_attention(shape: dict[str, int]
 
 
 @settings(max_examples=40, deadline=None)
-@given(shape=shapes, gated=st.booleans(), holes=st.floats(0, 1))
-def test_it_follows_its_definition(shape: dict[str, int], gated: bool, holes: float) -> None:
+@given(shape=shapes, gated=st.booleans(), holes=st.floats(0, 1), tile=tiles)
+def test_it_follows_its_definition(
+    shape: dict[str, int], gated: bool, holes: float, tile: int
+) -> None:
     """With a gate or none, queries placed apart for each pair, and absent blocks anywhere."""
     case = Case(**shape)
     generator = torch.Generator().manual_seed(shape["seed"])
@@ -137,7 +142,8 @@ def test_it_follows_its_definition(shape: dict[str, int], gated: bool, holes: fl
     placed = torch.randn(*slots.shape, *case.q.shape[-2:], generator=generator).double()
     gate = case.gate if gated else None
     scaled = placed * case.q.shape[-1] ** -0.5
-    got = block_attention(scaled, case.keys, case.values, slots, gate, case.local)
+    with patch.object(attention, "_TILE_BYTES", tile):
+        got = block_attention(scaled, case.keys, case.values, slots, gate, case.local)
     for mine, theirs in zip(by_definition(case, placed, slots, gate), got, strict=True):
         assert gap(mine, theirs) < 1e-12
 
@@ -316,9 +322,10 @@ def test_the_compiled_kernel_says_what_the_reference_says_in_float64(
     dtype=dtypes,
     window=st.booleans(),
     holes=st.sampled_from([0.0, 0.4]),
+    tile=tiles,
 )
 def test_landmark_attention_places_the_queries_and_gates_by_the_landmarks(
-    shape: dict[str, int], rows: int, dtype: torch.dtype, window: bool, holes: float
+    shape: dict[str, int], rows: int, dtype: torch.dtype, window: bool, holes: float, tile: int
 ) -> None:
     """Compiled, or not where there are many rows."""
     case = Case(**shape | {"rows": rows, "dim": 2 * shape["dim"]})
@@ -327,7 +334,9 @@ def test_landmark_attention_places_the_queries_and_gates_by_the_landmarks(
     gate = torch.einsum("sgmrd,sgmd->sgmr", truly.placed, truly.landmarks)
     scores = torch.einsum("sgrd,nbd->sgrnb", truly.q.abs(), truly.slab[0].abs())
     truth = truly.attend(truly.placed, gate)
-    check(mine.attend_by_landmarks(), truth, loudest(scores, gate))
+    with patch.object(attention, "_TILE_BYTES", tile):
+        got = mine.attend_by_landmarks()
+    check(got, truth, loudest(scores, gate))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -51,11 +51,8 @@ from kvstore.tiers.tree import Entries, commits, fault_of
 FORMAT_VERSION = 2
 
 # A value of LMDB fills whole pages: a 5 KiB frame alone would take 8 KiB. Frames written together
-# share a value of at least this size, twice as much at most, and lose half a page in sixteen.
+# share a value of at least this size, and lose half a page in sixteen.
 _PACK_BYTES = 1 << 16
-# In a large file more: each value has its price in a transaction. A small one would have to keep
-# too much of its room for copies of packs.
-_LARGE_PACK_BYTES, _LARGE_FILE_BYTES = 1 << 18, 1 << 26
 
 FORMAT_KEY = b"format"
 _COUNTERS_KEY = b"counters"
@@ -67,18 +64,18 @@ _DEAD = -1
 _GONE = -2
 
 # Pages that writes leave alone, so that a full tier can still delete and reclaim: both copy pages
-# before they free any. So much for a pack at its largest, these, and one page in 256, for LMDB's
-# own list of free pages at its longest.
-_RESERVED_PAGES = 32
+# before they free any. One page in 256 more, for LMDB's own list of free pages at its longest.
+_RESERVED_PAGES = 64
 # A new file's map: it doubles whenever it is full. A map as large as the capacity would do, but not
 # every system gives out address space for nothing.
 _FIRST_MAP_PAGES = 256
+_LOST_PAGES = 32  # free ones that are no use: those of the commit before, holes
 _MOST_PACKS, _LEAST_PACKS = 1024, 8  # deleted in one transaction
 _RECLAIMED_PAGES = 16  # copied in one transaction
 
-# By how much smaller the packs are when a change is tried again that found too few free pages:
-# there may be enough of them that do not lie side by side.
-_RETRIES = (1, 1, 4, 16, _LARGE_PACK_BYTES)
+# How large the packs are when a change is tried again that found too few free pages: there may be
+# enough of them that do not lie side by side.
+_RETRIED_PACK_BYTES = (_PACK_BYTES, _PACK_BYTES, _PACK_BYTES // 4, 1)
 _READ_PATIENCE_SECONDS = 2.0
 _ADOPTED = 64  # values, in one transaction
 _MOST_READERS = 126  # who have the file open; 64 bytes each in lock.mdb, which is two pages then
@@ -90,6 +87,10 @@ _Change = Callable[[lmdb.Transaction], None]
 
 class _NoRoom(Exception):
     """A change would use pages that are kept for deleting."""
+
+
+class _MapTooSmall(Exception):
+    """A change needs more pages than the map has, and has put nothing yet."""
 
 
 class DiskTier:
@@ -127,9 +128,6 @@ class DiskTier:
         self.directory = Path(directory)
         self.capacity_bytes = int(capacity_bytes)
         self._page = os.sysconf("SC_PAGE_SIZE")
-        is_large = self.capacity_bytes >= _LARGE_FILE_BYTES
-        self._pack_bytes = _LARGE_PACK_BYTES if is_large else _PACK_BYTES
-        self._reserved_pages = _RESERVED_PAGES + 2 * self._pack_bytes // self._page
         self._pid = os.getpid()
         self._changing = threading.Lock()
         self._idle = threading.Condition()
@@ -173,7 +171,7 @@ class DiskTier:
         which these are the blocks.
         """
         with self._operation():
-            return pack_up(self._codec.encode(ids, planes, rows), self._pack_bytes)
+            return pack_up(self._codec.encode(ids, planes, rows), _PACK_BYTES)
 
     def write_packs(self, ids: Ids, packs: Packs) -> Locations:
         """Store blocks that are compressed already; returns and raises as `write` does."""
@@ -445,12 +443,12 @@ class DiskTier:
         """Refuse what could not hold one block beside the pages kept for deleting."""
         lock_bytes = 2 * self._page
         self._most_pages = (self.capacity_bytes - lock_bytes) // self._page
-        self._writable_pages = self._most_pages - self._reserved_pages - self._most_pages // 256
+        self._writable_pages = self._most_pages - _RESERVED_PAGES - self._most_pages // 256
         block = (
             self._pages_of(self._codec.exact.header_nbytes + self._codec.spec.nbytes + 1024) + 16
         )
         if self._writable_pages < block:
-            least = (block + self._reserved_pages + 2) * 257 // 256 * self._page + lock_bytes
+            least = (block + _RESERVED_PAGES + 2) * 257 // 256 * self._page + lock_bytes
             raise ValueError(
                 f"a cold tier of {self.capacity_bytes} B cannot hold one block of "
                 f"{self._codec.spec.nbytes} B: give it at least {least} B"
@@ -596,7 +594,7 @@ class DiskTier:
         locations = np.empty(len(ids), np.int64)
 
         def plan(pack_bytes: int) -> _Change:
-            some = packs if pack_bytes == self._pack_bytes else packs.cut(pack_bytes)
+            some = packs if pack_bytes == _PACK_BYTES else packs.cut(pack_bytes)
             entries = []
             first = 0
             for number, (value, count) in enumerate(
@@ -612,7 +610,9 @@ class DiskTier:
             )
 
             def change(transaction: lmdb.Transaction) -> None:
-                self._require(transaction, added)
+                needed = self._require(transaction, added) + _LOST_PAGES
+                if self._map_pages < min(needed, self._most_pages):
+                    raise _MapTooSmall  # otherwise what is put until it is full is put again
                 self._next_pack += len(entries)
                 self._blocks += len(ids)
                 for key, value, members in entries:
@@ -663,8 +663,8 @@ class DiskTier:
         """
         if self._read_only:
             raise ValueError(f"the store in {self.directory} was opened to be read only")
-        pack_bytes = self._pack_bytes
-        retries = iter(_RETRIES)
+        pack_bytes = _PACK_BYTES
+        retries = iter(_RETRIED_PACK_BYTES)
         while True:
             try:
                 self._commit(plan(pack_bytes))
@@ -673,10 +673,9 @@ class DiskTier:
                 if not self._reclaim(pages):
                     break
             except lmdb.MapFullError:
-                smaller = next(retries, 0)
-                if not smaller:
+                pack_bytes = next(retries, 0)
+                if not pack_bytes:
                     break
-                pack_bytes = max(1, self._pack_bytes // smaller)
                 self._release_pages()
             except lmdb.Error as error:
                 raise self._write_error(error, what, pages) from None
@@ -703,7 +702,7 @@ class DiskTier:
                 return
             except BaseException as error:
                 self._next_pack, self._blocks = counters
-                if not isinstance(error, lmdb.MapFullError) or not self._grow():
+                if not isinstance(error, (lmdb.MapFullError, _MapTooSmall)) or not self._grow():
                     raise
 
     def _grow(self) -> bool:
@@ -724,13 +723,12 @@ class DiskTier:
                 self._idle.notify_all()
         return True
 
-    def _require(self, transaction: lmdb.Transaction, pages: int) -> None:
-        """Refuse to use the reserve, and to begin what the map has no room for."""
+    def _require(self, transaction: lmdb.Transaction, pages: int) -> int:
+        """Refuse to use the reserve; returns how many pages will be in use, at most."""
         needed = self._pages_in_use(transaction) + pages
         if needed > self._writable_pages:
             raise _NoRoom
-        if needed > self._map_pages:
-            raise lmdb.MapFullError("the map has to grow before this is worth beginning")
+        return needed
 
     def _reclaim(self, pages: int) -> bool:
         """Copy packs without their deleted blocks until `pages` are gained; say whether any were.
@@ -750,7 +748,7 @@ class DiskTier:
             }
         gained = 0
         copied_pages = _RECLAIMED_PAGES
-        retries = len(_RETRIES)
+        retries = len(_RETRIED_PACK_BYTES)
         while self._loose and gained < pages and retries:
             shrunk: dict[int, int] = {}
             # The smallest first: what they leave behind makes places for the larger.
@@ -893,7 +891,7 @@ class DiskTier:
     def _write_error(self, error: lmdb.Error, what: str, pages: int) -> Exception:
         # A write that a full disk cut short is an input/output error to LMDB.
         free = shutil.disk_usage(self.directory).free
-        if isinstance(error, lmdb.DiskError) or free < (pages + self._reserved_pages) * self._page:
+        if isinstance(error, lmdb.DiskError) or free < (pages + _RESERVED_PAGES) * self._page:
             return StoreFullError(f"the disk under {self.directory} is full: no room for {what}")
         return WriteFailedError(f"{what} could not be written to {self.directory}: {error}")
 

@@ -9,6 +9,7 @@ import resource
 import shutil
 import signal
 import stat
+import sys
 import threading
 from functools import lru_cache
 
@@ -130,17 +131,14 @@ def test_blocks_go_to_the_rows_asked_for(tier):
     assert not out[1][[1, 4, 5, 7]].any()
 
 
-@pytest.mark.parametrize(("capacity", "pack"), [((64 << 20) - 1, 1 << 16), (64 << 20, 1 << 18)])
-def test_neighbours_share_values(directory, capacity, pack):
-    tier = DiskTier(directory, SPEC, capacity)
+def test_neighbours_share_values_of_64_kib(tier, directory):
     locations = write(tier, range(400))
     stored = sum(len(frame) for _, frame in tier.frames())
     packs = len(np.unique(locations >> 16))
-    assert pack <= stored / packs < 2 * pack
+    assert stored / packs >= 1 << 16
     assert tier.used_bytes < 1.06 * stored + 20 * 4096
     assert tier.used_bytes < 0.8 * 400 * SPEC.nbytes
     assert [block for block, _ in tier.frames()] == list(range(400))
-    tier.close()
 
 
 @pytest.mark.parametrize("durability", ["sync", "async", "none"])
@@ -167,6 +165,15 @@ def test_everything_is_there_after_reopening(directory, durability):
     tier.put_meta({b"context/a": None, b"absent": None, b"new": b"1"})
     assert tier.meta_keys() == [b"context/b", b"new", b"other"]
     tier.close()
+
+
+def test_the_map_grows_before_anything_is_put_in_vain(tier, monkeypatch):
+    why = []
+    grow = DiskTier._grow
+    monkeypatch.setattr(DiskTier, "_grow", lambda t: [why.append(sys.exc_info()[0]), grow(t)][1])
+    for first in range(0, 1000, 100):
+        write(tier, range(first, first + 100))
+    assert {error.__name__ for error in why} == {"_MapTooSmall"}
 
 
 def test_the_map_grows_while_others_read(directory):
@@ -349,18 +356,10 @@ def test_a_full_tier_refuses_whole_batches_and_reads_on(directory):
     tier.close()
 
 
-@pytest.fixture(params=[False, True], ids=["small packs", "large packs"])
-def are_large(request, monkeypatch):
-    """Whether packs are as large as in a large file."""
-    if request.param:
-        monkeypatch.setattr("kvstore.tiers.disk._LARGE_FILE_BYTES", 0)
-    return request.param
-
-
 @pytest.mark.parametrize("together", [True, False], ids=["neighbours", "scattered"])
-def test_a_full_tier_can_delete_and_write_again(directory, together, are_large):
-    tier = DiskTier(directory, SPEC, (12 if are_large else 4) << 20)
-    batch = 91 if are_large else 23  # a pack
+def test_a_full_tier_can_delete_and_write_again(directory, together):
+    tier = DiskTier(directory, SPEC, 4 << 20)
+    batch = 23  # a pack
     ids, locations = fill(tier, directory, batch=batch)
     held = dict(zip(ids, locations, strict=True))
     generator = np.random.default_rng(1)
@@ -381,21 +380,8 @@ def test_a_full_tier_can_delete_and_write_again(directory, together, are_large):
     tier.close()
 
 
-def test_a_full_tier_gathers_what_is_free_in_packs(directory, are_large):
-    tier = DiskTier(directory, SPEC, (12 if are_large else 4) << 20)
-    ids, locations = fill(tier, directory, batch=150 if are_large else 40)  # nearly two packs
-    tier.delete(np.array(locations[::12]))
-    # What lies in the same pages does not come free, and a pack may need more of them than it has.
-    fresh = range(10_000, 10_000 + len(ids) // 12 // 2)
-    held = dict(zip([*ids, *fresh], [*locations, *write(tier, fresh).tolist()], strict=True))
-    for block in ids[::12]:
-        del held[block]
-    assert_stored(tier, list(held), list(held.values()))
-    tier.close()
-
-
-def test_a_full_tier_deletes_one_by_one(directory, are_large):
-    tier = DiskTier(directory, SPEC, (2 if are_large else 1) << 20)
+def test_a_full_tier_deletes_one_by_one(directory):
+    tier = DiskTier(directory, SPEC, 1 << 20)
     ids, locations = fill(tier, directory)
     for index, location in enumerate(locations):
         tier.delete(np.array([location]))

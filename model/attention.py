@@ -16,9 +16,8 @@ FEW = 8
 """Rows a block up to which the compiled kernel is the faster one (bench/decode.py)."""
 
 _TILE_BYTES = 1 << 21
-"""What is made in between of a few groups on a CPU: it stays in a core's second-level cache, and in
-memory that the C library keeps; that of a whole piece of text would come new from the system each
-time."""
+"""The most that one intermediate of a few groups takes on a CPU: the C library keeps so much for
+the next one. Those of a whole piece of text would come from the system anew each time."""
 
 _ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """What the compiled kernel reads from a slab, and how it is told."""
@@ -67,8 +66,9 @@ def landmark_attention(
     if _compiled(q, keys, values, slots, landmarks, *places, *(local or ())):
         return _attend_in_place(q, places, keys, values, slots, None, landmarks, local)
     cos, sin = places
+    q = q.to(torch.promote_types(q.dtype, cos.dtype))
     # A landmark turned back meets the queries as they are: there are fewer of them.
-    gate = rotate(landmarks, (cos, -sin)) @ q.mT  # [S, G, M, R]
+    gate = rotate(landmarks.to(q.dtype), (cos, -sin)) @ q.mT  # [S, G, M, R]
     return _attend(q[:, :, None], places, keys, values, slots, gate, local)
 
 
@@ -83,12 +83,18 @@ def _attend(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attend by PyTorch, on a CPU to a few groups at a time."""
     streams, groups, blocks = slots.shape
+    each, rows = q.shape[2], q.shape[-2]
+    _shaped(q, (streams, groups, each if each == 1 else blocks, rows, keys.shape[2]))
+    _shaped(gate, (streams, groups, blocks, rows))
+    if local is not None:
+        _shaped(local[0], (streams, groups, rows, values.shape[2]))
+        _shaped(local[1], (streams, groups, rows))
     step = groups
     if q.is_cpu:
-        wide = max(q.shape[-2], keys.shape[1]) * max(keys.shape[2], values.shape[2])
+        wide = max(rows, keys.shape[1]) * max(rows, *keys.shape[1:], values.shape[2])
         step = max(1, _TILE_BYTES // max(1, streams * blocks * wide * q.itemsize))
     parts = []
-    for start in range(0, max(1, groups), max(1, step)):
+    for start in range(0, max(1, groups), max(1, step)):  # once where there are no groups
         part = slice(start, start + step)
         some_q = q[:, part]
         if places is not None:
@@ -127,16 +133,16 @@ def _attend_part(
     if some_absent:
         absent = slots < 0
         gate = gate.masked_fill(absent[..., None], float("-inf"))
-        nowhere = absent.view(-1, 1, 1)  # an unfilled slot may hold NaN
+        nowhere = absent.reshape(-1, 1, 1)  # an unfilled slot may hold NaN
         scores, v = scores.masked_fill(nowhere, 0.0), v.masked_fill(nowhere, 0.0)
     if local is not None:
         gate = torch.cat((gate, local[1][:, :, None]), dim=2)  # [S, G, M + 1, R]
     weights = gate.softmax(dim=2)
     of_blocks = weights[:, :, : shape[2]]
-    shares = scores.softmax(dim=-1) * of_blocks.reshape(len(flat), rows, 1)
+    shares = (scores.softmax(dim=-1) * of_blocks.reshape(len(flat), rows, 1)).to(v.dtype)
     merged = torch.bmm(shares, v).view(*shape, rows, v.shape[-1]).sum(dim=2)
     if local is not None:
-        merged = torch.addcmul(merged, weights[:, :, shape[2], :, None], local[0])
+        merged = merged + weights[:, :, shape[2], :, None] * local[0]
     return merged, gate.logsumexp(dim=2), of_blocks
 
 
@@ -203,11 +209,15 @@ def _attend_in_place(
 
 def _floats(x: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
     """Return x as the kernel reads it; ValueError if it has another shape."""
+    _shaped(x, shape)
     if x is None:
         return None
-    if x.shape != shape:
-        raise ValueError(f"a tensor of shape {tuple(x.shape)} where {shape} belongs")
     return (x if x.dtype is torch.float32 else x.to(torch.float32)).contiguous()
+
+
+def _shaped(x: Tensor | None, shape: tuple[int, ...]) -> None:
+    if x is not None and x.shape != shape:
+        raise ValueError(f"a tensor of shape {tuple(x.shape)} where {shape} belongs")
 
 
 def window_attention(

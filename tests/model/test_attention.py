@@ -148,6 +148,73 @@ def test_it_follows_its_definition(
         assert gap(mine, theirs) < 1e-12
 
 
+def test_many_groups_are_attended_to_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(groups=7)
+    whole = case.run(case.gate)
+    seen = []
+    attend = attention._attend_part
+
+    def spy(q: Tensor, *others: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        seen.append(q.shape[1])
+        return attend(q, *others)
+
+    monkeypatch.setattr(attention, "_attend_part", spy)
+    one = 2 * 4 * 3 * 4 * 8  # streams, blocks, tokens, numbers of a token, bytes of a number
+    for groups, parts in ((1, [1] * 7), (3, [3, 3, 1]), (7, [7])):
+        monkeypatch.setattr(attention, "_TILE_BYTES", groups * one)
+        seen.clear()
+        for mine, theirs in zip(case.run(case.gate), whole, strict=True):
+            assert gap(mine, theirs) < 1e-12
+        assert seen == parts
+
+
+def test_slots_may_lie_in_any_order_in_memory() -> None:
+    case = Case()
+    slots = case.slots.clone()
+    slots[:, 1, 2] = -1
+    turned = slots.transpose(0, 2).contiguous().transpose(0, 2)
+    assert not turned.is_contiguous()
+    for mine, theirs in zip(case.run(None, turned), case.run(None, slots), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("wrong", ["q", "gate", "out", "lse"])
+def test_more_groups_than_there_are_slots_for_are_refused(wrong: str) -> None:
+    case, large = Case(groups=2), Case(groups=3)
+    given = {"q": case.scaled[:, :, None], "gate": case.gate}
+    given |= {"out": case.local[0], "lse": case.local[1]}
+    given[wrong] = {
+        "q": large.scaled[:, :, None],
+        "gate": large.gate,
+        "out": large.local[0],
+        "lse": large.local[1],
+    }[wrong]
+    with pytest.raises(ValueError, match=r"a tensor of shape \(2, 3, .* belongs"):
+        block_attention(
+            given["q"],
+            case.keys,
+            case.values,
+            case.slots,
+            given["gate"],
+            (given["out"], given["lse"]),
+        )
+
+
+def test_dtypes_may_differ() -> None:
+    case = Case(rows=FEW + 1, dim=4)
+    places = Rotary(4, 100.0).table(7 * torch.arange(4), torch.float64)
+    marks = torch.randn(*case.slots.shape, 4, generator=torch.Generator().manual_seed(1))
+
+    def attend(q: Tensor, landmarks: Tensor) -> tuple[Tensor, ...]:
+        return landmark_attention(
+            q, places, landmarks, case.keys.float(), case.values.float(), case.slots, case.local
+        )
+
+    low = case.scaled.bfloat16()
+    for mine, theirs in zip(attend(low, marks), attend(low.double(), marks.double()), strict=True):
+        assert gap(mine, theirs) < 1e-12
+
+
 def test_landmark_gate_gives_the_grouped_softmax() -> None:
     """o = [sum_L e^s v + sum_b e^(q landmark) softmax_b(s) V_b] / [sum_L e^s + sum_b e^(...)]."""
     case = Case()

@@ -211,7 +211,7 @@ def main() -> None:
                 f"{row['bare_gb_s']:.2f}, ratio {row['ratio']:.2f}; checksums are "
                 f"{row['checksum_share_of_a_cold_fetch']:.1%} of a cold fetch"
             )
-            # They differ by less than one run of a second from the next.
+            # Two durabilities differ by less than two runs of one.
             row = durabilities(spec, 6 * args.n, place)
             report["durabilities"].append(row)
             figures = (f"{d} {row[f'{d}_gb_s']:.2f} GB/s" for d in DURABILITIES)

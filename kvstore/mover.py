@@ -410,7 +410,8 @@ class Mover:
 
     def abandon(self, locations: NDArray[np.int64]) -> None:
         """Take note of locations on disk that no table names any more, once or more often."""
-        self._abandoned = np.union1d(self._abandoned, locations)
+        if len(locations):
+            self._abandoned = np.union1d(self._abandoned, locations)
 
     @property
     def abandoned(self) -> int:

@@ -182,8 +182,9 @@ class Writer:
                 self._queue.appendleft(ids[lacking:])
             parts.append(ids[:lacking])
             lacking -= len(parts[-1])
+        ids = np.sort(np.concatenate([_NONE, *parts]))
         # An id that was deleted and given out again may have stood in line twice.
-        ids = np.unique(np.concatenate([_NONE, *parts]))
+        ids = ids[np.diff(ids, prepend=-1) > 0]
         ready = self._mover.lower_copies(ids)
         if not ready.all():
             self._queue.appendleft(ids[~ready])

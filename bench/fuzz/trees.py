@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 import random
+import shutil
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,10 +27,11 @@ class Trees:
     """Pages of an LMDB file: looked at without LMDB, then opened."""
 
     def __init__(self, basis: Basis, place: Path) -> None:
-        place.mkdir()
+        # A copy, since other children open theirs meanwhile.
+        shutil.copytree(basis.tree, place)
         self._place = place
-        self._data = (basis.tree / "data.mdb").read_bytes()
-        with contextlib.closing(DiskTier(basis.tree, SMALL, COLD)) as tier:
+        self._data = (place / "data.mdb").read_bytes()
+        with contextlib.closing(DiskTier(place, SMALL, COLD)) as tier:
             self._ids = set(tier.scan()[0].tolist()) | set(range(60))
             self._records = {key: tier.get_meta(key) for key in tier.meta_keys()}
         self._pointers = list(_pointers(self._data))

@@ -72,9 +72,10 @@ _FIRST_MAP_PAGES = 256
 _LOST_PAGES = 32  # free ones that are no use: those of the commit before, holes
 _MOST_PACKS, _LEAST_PACKS = 1024, 8  # deleted in one transaction
 _RECLAIMED_PAGES = 16  # copied in one transaction
+_RECLAIM_RETRIES = 4
 
-# How large the packs are when a change is tried again that found too few free pages: there may be
-# enough of them that do not lie side by side.
+# How large the packs are when a change is tried again that found too few free pages side by side,
+# and no more can be gathered.
 _RETRIED_PACK_BYTES = (_PACK_BYTES, _PACK_BYTES, _PACK_BYTES // 4, 1)
 _READ_PATIENCE_SECONDS = 2.0
 _ADOPTED = 64  # values, in one transaction
@@ -338,13 +339,14 @@ class DiskTier:
                     for table, key, at, size in some:
                         transaction.put(key, data[at : at + size], db=table)
 
-                self._commit(change)
+                pages = sum(self._pages_of(size) for *_, size in some)
+                self._change(lambda _: change, pages, "what was read")
 
             def name_them(transaction: lmdb.Transaction) -> None:
                 for key, value in taken:
                     transaction.put(key, value, db=self._directory)
 
-            self._commit(name_them)
+            self._change(lambda _: name_them, 0, "what was read")
         return told
 
     # Small records
@@ -673,6 +675,9 @@ class DiskTier:
                 if not self._reclaim(pages):
                     break
             except lmdb.MapFullError:
+                # Enough pages are free, but not side by side.
+                if self._reclaim(pages):
+                    continue
                 pack_bytes = next(retries, 0)
                 if not pack_bytes:
                     break
@@ -748,11 +753,14 @@ class DiskTier:
             }
         gained = 0
         copied_pages = _RECLAIMED_PAGES
-        retries = len(_RETRIED_PACK_BYTES)
+        retries = _RECLAIM_RETRIES
         while self._loose and gained < pages and retries:
             shrunk: dict[int, int] = {}
-            # The smallest first: what they leave behind makes places for the larger.
-            numbers = sorted(self._loose, key=self._loose.__getitem__)
+            # In the order of the file, nearly, so that what they leave behind lies side by side; or
+            # else the smallest first, which find a place most easily.
+            smallest_first = (_RECLAIM_RETRIES - retries) % 2
+            key = self._loose.__getitem__ if smallest_first else None
+            numbers = sorted(self._loose, key=key)
             try:
                 self._commit(partial(self._shrink_some, numbers, copied_pages, shrunk))
             except lmdb.MapFullError:

@@ -380,6 +380,29 @@ def test_a_full_tier_can_delete_and_write_again(directory, together):
     tier.close()
 
 
+@pytest.mark.parametrize(
+    ("mib", "batch", "shares"),
+    # By sizes alone the first would not be gathered, and the second by the file's order alone.
+    [(32, 256, [0.5]), (24, 64, [0.02, 0.6])],
+    ids=["every other", "at random"],
+)
+def test_what_was_deleted_all_over_a_full_tier_is_used_again(directory, mib, batch, shares):
+    tier = DiskTier(directory, SPEC, mib << 20)
+    held = dict(zip(*fill(tier, directory, batch=256), strict=True))
+    generator = np.random.default_rng(1)
+    for turn, share in enumerate(shares):
+        if share == 0.5:
+            gone = list(held)[::2]
+        else:
+            gone = generator.choice(list(held), int(len(held) * share), replace=False)
+        tier.delete(np.array([held.pop(int(block)) for block in gone]))
+        fresh, places = fill(tier, directory, first=(turn + 1) * 100_000, batch=batch)
+        held |= dict(zip(fresh, places, strict=True))
+    assert len(fresh) >= 0.85 * len(gone)
+    assert_stored(tier, list(held), list(held.values()))
+    tier.close()
+
+
 def test_a_full_tier_deletes_one_by_one(directory):
     tier = DiskTier(directory, SPEC, 1 << 20)
     ids, locations = fill(tier, directory)

@@ -1,5 +1,13 @@
 """The named failures of a store. Bad input raises ValueError, KeyError or TypeError instead."""
 
+_BRIEF = 200
+
+
+def brief(said: object) -> str:
+    """What foreign bytes say, which may be anything of any size, as part of one line."""
+    text = " ".join(str(said).split())
+    return text if len(text) <= _BRIEF else f"{text[:_BRIEF]}…"
+
 
 class KVStoreError(Exception):
     """Something could not be done: space ran out, data is damaged, a write failed."""

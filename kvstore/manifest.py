@@ -5,6 +5,7 @@ Owns the fields. Never reads or writes anything.
 
 from __future__ import annotations
 
+from reprlib import repr as short
 from typing import Any
 
 from kvstore.block import BlockSpec
@@ -57,7 +58,7 @@ def check_manifest(manifest: Manifest, spec: BlockSpec) -> None:
     if not isinstance(manifest["fingerprint"], str):
         raise ValueError("what made it is not said")
     if manifest["block"] != describe_blocks(spec):
-        raise ValueError(f"its blocks are {manifest['block']}")
+        raise ValueError(f"its blocks are {short(manifest['block'])}")
     for save in (manifest, *manifest["snapshots"]):
         counts, filled = save["counts"], save["filled"]
         if not _stops(counts, streams) or not _stops(filled, streams):

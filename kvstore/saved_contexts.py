@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
-from kvstore.errors import CorruptBlockError, OtherFormatError
+from kvstore.errors import CorruptBlockError, OtherFormatError, brief
 from kvstore.manifest import FORMAT, OF_A_SAVE, Manifest, check_manifest, gone_back, numbers_of
 
 if TYPE_CHECKING:
@@ -121,11 +121,11 @@ class SavedContexts:
             if version == FORMAT:
                 check_manifest(manifest, self._store.spec)
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            said = f"its manifest makes no sense: {error}"
+            said = f"its manifest makes no sense: {brief(error)}"
             raise CorruptBlockError(f"context {name!r}: {said}") from None
         if version != FORMAT:
             raise OtherFormatError(
-                f"context {name!r} was saved in format {version}, this version "
+                f"context {name!r} was saved in format {brief(version)}, this version "
                 f"reads format {FORMAT}: remove it, or use the version that wrote it"
             )
         return manifest
@@ -374,7 +374,8 @@ class SavedContexts:
         try:
             return load_tensors(value)
         except (SafetensorError, ValueError, KeyError, TypeError) as error:
-            raise CorruptBlockError(f"context {name!r}: pieces {numbers}: {error}") from None
+            said = f"pieces {brief(numbers)}: {brief(error)}"
+            raise CorruptBlockError(f"context {name!r}: {said}") from None
 
     def _piece(self, name: str, number: int) -> bytes:
         try:

@@ -9,6 +9,9 @@ from collections.abc import Iterator
 OUT_OF_MEMORY = ("not enough memory", "llocation error", "allocate memory", "MDB_MAP_FULL: ENOMEM")
 
 
+MOST_SAID = 1000  # characters of an error, whatever it is about
+
+
 class Fault(Exception):
     """Something that must not be."""
 
@@ -28,4 +31,5 @@ def refusing(*documented: type[Exception]) -> Iterator[list[Exception]]:
     except documented as error:
         if any(words in str(error) for words in OUT_OF_MEMORY):
             raise Fault(f"out of memory: {error}") from error
+        check(len(str(error)) <= MOST_SAID, f"an error of {len(str(error))} characters")
         raised.append(error)

@@ -15,7 +15,7 @@ import torch
 import xxhash
 
 from kvstore.block import BlockSpec, Plane
-from kvstore.errors import CorruptStoreError, OtherFormatError
+from kvstore.errors import CorruptStoreError, OtherFormatError, brief
 
 FORMAT = 1
 NAME = "spec.json"
@@ -76,10 +76,10 @@ def read_spec(directory: Path) -> BlockSpec:
                 )
             )
     except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
-        raise CorruptStoreError(f"{path} makes no sense: {error}") from None
+        raise CorruptStoreError(f"{path} makes no sense: {brief(error)}") from None
     raise OtherFormatError(
-        f"{path} is of format {version}, this program reads {FORMAT}: use another directory, or "
-        "the version that wrote it"
+        f"{path} is of format {brief(repr(version))}, this program reads {FORMAT}: use another "
+        "directory, or the version that wrote it"
     )
 
 
@@ -89,7 +89,7 @@ def described(planes: str) -> BlockSpec:
     for plane in planes.split(" "):
         match = _SHORT.fullmatch(plane)
         if match is None:
-            raise CorruptStoreError(f"{planes!r} does not say what blocks look like")
+            raise CorruptStoreError(f"{brief(planes)!r} does not say what blocks look like")
         found.append(Plane(match[1], tuple(map(int, match[3].split(","))), _dtype(match[2])))
     return BlockSpec(tuple(found))
 

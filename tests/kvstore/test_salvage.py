@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import xxhash
 from twin import LANDMARK, SPEC, Twin, assert_past
 
+from kvstore.block import BlockSpec, Plane
+from kvstore.codec import Codec
 from kvstore.errors import CorruptBlockError, CorruptStoreError, StoreFullError
 from kvstore.salvage import DAMAGED, salvage
 from kvstore.tiers.spec_file import NAME, described, read_spec
@@ -157,6 +162,36 @@ def test_the_specification_is_in_both_files(kept, make_store, text, says):
         assert all(held(store, name, pasts) for name in pasts)
     with pytest.raises(CorruptStoreError, match="does not say"):
         described("keys:float32[8")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        json.dumps({"format": "9\n" * 10_000}),
+        json.dumps({"format": 1, "planes": [{"name": "k", "shape": [8], "dtype": "x\n" * 10_000}]}),
+    ],
+    ids=["format", "dtype"],
+)
+def test_an_error_does_not_repeat_all_that_a_specification_says(tmp_path, text):
+    (tmp_path / NAME).write_text(f"{xxhash.xxh3_64_hexdigest(text.encode())}\n{text}\n")
+    with pytest.raises((CorruptStoreError, ValueError)) as raised:
+        read_spec(tmp_path)
+    assert len(str(raised.value)) < 600
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "planes",
+    [
+        [Plane("k" * 10_000, (8,), torch.complex64)],
+        [Plane("k", (8,) * 1000, torch.bfloat16)],
+    ],
+    ids=["name", "size"],
+)
+def test_an_error_does_not_repeat_all_of_a_plane(planes):
+    with pytest.raises(ValueError, match=r"a block has|cannot be stored") as raised:
+        Codec(BlockSpec(planes))
+    assert len(str(raised.value)) < 400
 
 
 def test_what_cannot_be_salvaged_is_left_as_it_was(kept, make_store):

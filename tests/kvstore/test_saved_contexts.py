@@ -707,6 +707,31 @@ def test_manifests_from_anywhere(fuzzed, data):
     twin.context.close(save=False)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"block": [["k\n"] * 10_000]},
+        {"format": 10**4000},
+        {"format": "9\n" * 10_000},
+        {"index": {"kind": "\n" * 10_000}},
+        {"index": {"x" * 10_000: 1}},
+        {"streams": [1] * 10_000},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_an_error_does_not_repeat_all_that_a_manifest_says(fuzzed, change):
+    store, _, records = fuzzed
+    manifest = json.loads(records[b"context/a"]) | change
+    store.put_record(b"context/a", json.dumps(manifest).encode())
+    try:
+        with pytest.raises((CorruptBlockError, ValueError)) as raised:
+            store.context("a")
+    finally:
+        store.put_record(b"context/a", records[b"context/a"])
+    assert len(str(raised.value)) < 400
+    assert "\n" not in str(raised.value)
+
+
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
 def test_records_from_anywhere(fuzzed, data):

@@ -43,13 +43,14 @@ from kvstore.mover import Mover
 from kvstore.promises import DURABILITIES
 from kvstore.salvage import salvage
 from kvstore.saved_contexts import SavedContexts
-from kvstore.tiers import disk
+from kvstore.tiers import lmdb_file
 from kvstore.tiers.disk import DiskTier
+from kvstore.tiers.lmdb_file import LmdbFile
 from kvstore.verify import repair, verify
 
 STEPS: dict[str, tuple[type, str]] = {
     "commit": (DiskTier, "_commit"),
-    "growth of the map": (DiskTier, "_grow"),
+    "growth of the map": (LmdbFile, "_grow"),
     "write of blocks": (DiskTier, "write_packs"),
     "deletion": (DiskTier, "delete"),
     "promotion": (Mover, "promote"),
@@ -73,7 +74,7 @@ def work(directory: str, state: State, seed: int, step: str | None, told: Connec
     """Change contexts until killed; tell the state before and after each change."""
     torch.set_num_threads(1)
     rng = random.Random(seed)
-    disk._FIRST_MAP_PAGES = 16  # so that there is growth
+    lmdb_file._FIRST_MAP_PAGES = 16  # so that there is growth
     if step is not None:
         die_within(*STEPS[step], rng, most=RARE.get(step, 30))
     durability = rng.choice(list(DURABILITIES))

@@ -6,6 +6,12 @@ from dataclasses import dataclass
 
 import torch
 
+from kvstore.errors import brief
+
+_LONGEST_NAME = 100
+_MOST_SIZES = 16
+_LARGEST = 2**31 - 1  # bytes of a block: what a frame says of it has 4 bytes
+
 
 @dataclass(frozen=True)
 class Plane:
@@ -20,10 +26,15 @@ class Plane:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", tuple(int(n) for n in self.shape))
-        if not self.name or not self.shape or min(self.shape) < 1:
+        sizes = self.shape
+        if (
+            not 1 <= len(self.name) <= _LONGEST_NAME
+            or not 1 <= len(sizes) <= _MOST_SIZES
+            or not 1 <= min(sizes) <= max(sizes) <= _LARGEST
+        ):
             raise ValueError(
-                f"plane {self.name!r} has shape {self.shape}: "
-                "it needs a name and sizes of at least 1"
+                f"plane {brief(repr(self.name))} has shape {brief(sizes)}: it needs a name of at "
+                f"most {_LONGEST_NAME} characters and at most {_MOST_SIZES} sizes of at least 1"
             )
 
     @property
@@ -48,10 +59,12 @@ class BlockSpec:
         if len({plane.shape[0] for plane in self.planes}) > 1:
             raise ValueError(
                 "the planes of a block differ in tokens: "
-                + ", ".join(f"{p.name} {p.shape[0]}" for p in self.planes)
+                + brief(", ".join(f"{p.name} {p.shape[0]}" for p in self.planes))
             )
         if len({plane.name for plane in self.planes}) < len(self.planes):
             raise ValueError("two planes of a block have the same name")
+        if self.nbytes > _LARGEST:
+            raise ValueError("a block has 2 GiB or more; give it fewer tokens")
 
     @classmethod
     def kv(cls, block_size: int, head_dim: int, dtype: torch.dtype = torch.bfloat16) -> BlockSpec:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from kvstore.block_map import BlockMap
 from kvstore.config import IndexConfig
-from kvstore.errors import CorruptBlockError, StoreClosedError
+from kvstore.errors import CorruptBlockError, StoreClosedError, brief
 from kvstore.heap import give_back
 from kvstore.index import GraphFiles, LandmarkIndex
 from kvstore.manifest import Manifest, describe_blocks, numbers_of
@@ -310,7 +310,7 @@ class Context:
         for key, value in given.items():
             if manifest[key] != value:
                 raise ValueError(
-                    f"context {self.name!r} was kept with {key} {manifest[key]}, not {value}"
+                    f"context {self.name!r} was kept with {key} {brief(manifest[key])}, not {value}"
                 )
         self.fingerprint, self.info = manifest["fingerprint"], manifest["info"]
         self._note(manifest)

@@ -5,8 +5,12 @@ _BRIEF = 200
 
 def brief(said: object) -> str:
     """What foreign bytes say, which may be anything of any size, as part of one line."""
-    text = " ".join(str(said).split())
-    return text if len(text) <= _BRIEF else f"{text[:_BRIEF]}…"
+    try:
+        text = " ".join(str(said).split())
+    except ValueError:  # Python writes no number of more than some thousand digits
+        text = "too large a number"
+    shown = "".join(c if c.isprintable() else "?" for c in text[:_BRIEF])
+    return shown if len(text) <= _BRIEF else f"{shown}…"
 
 
 class KVStoreError(Exception):

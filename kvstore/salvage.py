@@ -18,7 +18,8 @@ from kvstore.config import StoreConfig
 from kvstore.errors import CorruptStoreError
 from kvstore.store import Store
 from kvstore.tiers import lock
-from kvstore.tiers.disk import FORMAT_KEY, DiskTier, newest_first, planes_of
+from kvstore.tiers.commits import newest_first
+from kvstore.tiers.disk import FORMAT_KEY, DiskTier, planes_of
 from kvstore.tiers.spec_file import NAME, described, read_spec, write_spec
 from kvstore.tiers.tree import readable
 from kvstore.verify import repair, verify

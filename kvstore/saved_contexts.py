@@ -134,9 +134,8 @@ class SavedContexts:
         """Return the manifest; KeyError naming those there are if there is none."""
         manifest = self.manifest(name)
         if manifest is None:
-            raise KeyError(
-                f"no context {name!r} is kept; there are: {', '.join(self.names()) or 'none'}"
-            )
+            there = brief(", ".join(self.names())) or "none"
+            raise KeyError(f"no context {name!r} is kept; there are: {there}")
         return manifest
 
     def require_version(self) -> None:

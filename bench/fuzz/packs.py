@@ -48,7 +48,7 @@ class Packs:
         shutil.copytree(basis.tree, place)
         self._tier: Any = DiskTier(place, SMALL, COLD)
         self._ids, self._locations = self._tier.scan()
-        with self._tier._snapshot() as transaction:
+        with self._tier._file.snapshot() as transaction:
             tables = (None, self._tier._packs, self._tier._directory, self._tier._records)
             self._values = {
                 (table, bytes(key)): bytes(value)
@@ -64,7 +64,7 @@ class Packs:
         def snapshot(buffers: bool = False) -> Iterator[Held]:
             yield held
 
-        mock.patch.object(self._tier, "_snapshot", snapshot).start()
+        mock.patch.object(self._tier._file, "snapshot", snapshot).start()
 
     def run(self, rng: random.Random) -> str:
         tier, kind = self._tier, rng.randrange(10)

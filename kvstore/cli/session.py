@@ -21,7 +21,7 @@ from kvstore.cli.memory import PeakMemory
 from kvstore.cli.report import Index, Report, Tier
 from kvstore.cli.text_chain import TextChain, TextDigests
 from kvstore.cli.usage import checking_input
-from kvstore.errors import CorruptBlockError, OtherBlocksError, OtherFormatError
+from kvstore.errors import CorruptBlockError, OtherBlocksError, OtherFormatError, brief
 from kvstore.saved_contexts import SavedContexts
 from kvstore.tiers.spec_file import read_spec
 from model import checkpoint
@@ -273,7 +273,7 @@ def resume(args: argparse.Namespace, stack: ExitStack, began: float | None = Non
     info = manifest["info"]
     if "model" not in info:
         raise ValueError(f"context {args.context!r} says no model: `kvstore run` has not made it")
-    read_by = f"context {args.context!r} was read by {info['model']}"
+    read_by = f"context {args.context!r} was read by {brief(info['model'])}"
     try:
         model = checkpoint.load(args.model or info["model"]).to(config.torch_device)
     except ValueError as error:

@@ -9,6 +9,8 @@ import hashlib
 from dataclasses import dataclass
 from typing import Any
 
+from kvstore.errors import brief
+
 PAGE = 4096
 
 
@@ -44,7 +46,8 @@ class TextChain:
             if type(tokens) is not int or tokens < 0 or len(tail) != tokens % PAGE:
                 raise ValueError(f"{tokens!r} tokens with {len(tail)} left over")
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"the chain of what was read makes no sense: {error}") from None
+            said = f"the chain of what was read makes no sense: {brief(error)}"
+            raise ValueError(said) from None
         return cls(tokens, digest, tail)
 
 

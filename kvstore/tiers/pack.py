@@ -1,6 +1,7 @@
 """Frames that are written together, as one value of LMDB (docs/format.md).
 
-Owns the table in front of them and the form of a location. Pure: reads and writes nothing.
+Owns the table in front of them, the directory that says whose they are, and the form of a location.
+Pure: reads and writes nothing.
 """
 
 from __future__ import annotations
@@ -14,11 +15,15 @@ import numpy.typing as npt
 
 from kvstore import _native
 from kvstore.errors import CorruptBlockError
+from kvstore.tiers.sealed import seal, unseal
 
 Locations = npt.NDArray[np.int64]
 
 INDEX_BITS = 16
 """Of a location, for the place in the pack; the others are the pack's number."""
+
+DEAD, GONE = -1, -2
+"""In a pack's directory: a block that was deleted, and one whose bytes are gone too."""
 
 _bounds = struct.Struct("<II").unpack_from
 
@@ -83,6 +88,25 @@ def by_pack(locations: Locations) -> list[tuple[int, npt.NDArray[np.int64]]]:
     numbers, starts = np.unique(locations >> INDEX_BITS, return_index=True)
     places = np.split(locations & ((1 << INDEX_BITS) - 1), starts[1:])
     return list(zip(numbers.tolist(), places, strict=False))
+
+
+def key_of(number: int) -> bytes:
+    """Return the key of a pack, and of its directory."""
+    return number.to_bytes(8, "big")
+
+
+def sealed_members(key: bytes, members: npt.NDArray[np.int64]) -> bytes:
+    """Return a pack's directory: the id of each of its frames, DEAD or GONE, int64 [n]."""
+    return seal(key, members.astype("<i8").tobytes())
+
+
+def members_of(key: bytes, value: bytes) -> npt.NDArray[np.int64]:
+    """Read a pack's directory back, int64 [n]; CorruptBlockError where it is damaged."""
+    name = f"the directory of pack {int.from_bytes(key, 'big')}"
+    payload = unseal(key, value, name)
+    if len(payload) % 8:
+        raise CorruptBlockError(f"{name} is damaged: it has {len(payload)} B")
+    return np.frombuffer(payload, "<i8").astype(np.int64)
 
 
 def frame_at(pack: memoryview, place: int) -> memoryview:

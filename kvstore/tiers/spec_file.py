@@ -84,14 +84,22 @@ def read_spec(directory: Path) -> BlockSpec:
 
 
 def described(planes: str) -> BlockSpec:
-    """Read the short form of a specification, as a frame's checksum has it (docs/format.md)."""
+    """Read the short form of a specification, as a frame's checksum has it (docs/format.md).
+
+    CorruptStoreError where it is none.
+    """
     found = []
-    for plane in planes.split(" "):
-        match = _SHORT.fullmatch(plane)
-        if match is None:
-            raise CorruptStoreError(f"{brief(planes)!r} does not say what blocks look like")
-        found.append(Plane(match[1], tuple(map(int, match[3].split(","))), _dtype(match[2])))
-    return BlockSpec(tuple(found))
+    try:
+        for plane in planes.split(" "):
+            match = _SHORT.fullmatch(plane)
+            if match is None:
+                raise ValueError("a plane has another form")
+            found.append(Plane(match[1], tuple(map(int, match[3].split(","))), _dtype(match[2])))
+        return BlockSpec(tuple(found))
+    except ValueError as error:
+        raise CorruptStoreError(
+            f"{brief(planes)!r} does not say what blocks look like: {brief(error)}"
+        ) from None
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -38,7 +38,7 @@ from hypothesis.stateful import (
 from twin import LANDMARK, SIZE, SPEC, assert_past, marks_of, tokens
 
 import kvstore.saved_contexts
-import kvstore.tiers.disk
+import kvstore.tiers.lmdb_file
 from kvstore.config import IndexConfig, StoreConfig
 from kvstore.context import Context
 from kvstore.errors import CorruptStoreError, KVStoreError
@@ -930,7 +930,7 @@ def small_numbers():
     """Pieces of a few blocks, and a map that grows, where the real ones hold thousands."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kvstore.saved_contexts, "PIECE", 400)
-        patch.setattr(kvstore.tiers.disk, "_FIRST_MAP_PAGES", 16)
+        patch.setattr(kvstore.tiers.lmdb_file, "_FIRST_MAP_PAGES", 16)
         yield
 
 

@@ -11,6 +11,7 @@ import signal
 import stat
 import sys
 import threading
+import time
 from functools import lru_cache
 
 import lmdb
@@ -36,8 +37,10 @@ from kvstore.errors import (
     StoreFullError,
     WriteFailedError,
 )
-from kvstore.tiers import disk
-from kvstore.tiers.disk import DiskTier, newest_first
+from kvstore.tiers import lmdb_file
+from kvstore.tiers.commits import newest_first
+from kvstore.tiers.disk import DiskTier
+from kvstore.tiers.lmdb_file import LmdbFile
 from kvstore.tiers.tree import readable
 
 SPEC = BlockSpec.kv(16, 64)  # 4 KiB a block, about 2.9 KiB compressed
@@ -169,16 +172,16 @@ def test_everything_is_there_after_reopening(directory, durability):
 
 def test_the_map_grows_before_anything_is_put_in_vain(tier, monkeypatch):
     why = []
-    grow = DiskTier._grow
-    monkeypatch.setattr(DiskTier, "_grow", lambda t: [why.append(sys.exc_info()[0]), grow(t)][1])
+    grow = LmdbFile._grow
+    monkeypatch.setattr(LmdbFile, "_grow", lambda t: [why.append(sys.exc_info()[0]), grow(t)][1])
     for first in range(0, 1000, 100):
         write(tier, range(first, first + 100))
-    assert {error.__name__ for error in why} == {"_MapTooSmall"}
+    assert {error.__name__ for error in why} == {"MapTooSmall"}
 
 
 def test_the_map_grows_while_others_read(directory):
     tier = DiskTier(directory, SPEC, 64 << 20)
-    first = tier._env.info()["map_size"]
+    first = tier._file._env.info()["map_size"]
     locations = write(tier, range(50))
     wrong, stop = [], threading.Event()
 
@@ -201,7 +204,7 @@ def test_the_map_grows_while_others_read(directory):
         thread.join()
     assert not wrong
     assert first == 1 << 20
-    assert tier._env.info()["map_size"] == 16 << 20
+    assert tier._file._env.info()["map_size"] == 16 << 20
     tier.close()
     tier = DiskTier(directory, SPEC, 64 << 20)
     assert tier.block_count == 4000
@@ -218,14 +221,14 @@ def test_what_ctrl_c_left_unfinished_is_not_waited_for(directory, read_only):
     unfinished = []
 
     def interrupted():
-        for left in (tier._snapshot(), tier._operation(), tier._snapshot()):
+        for left in (tier._file.snapshot(), tier._file.operation(), tier._file.snapshot()):
             left.__enter__()
             unfinished.append(left)
         tier.abandon()
         if not read_only:
             locations = write(tier, range(100, 2000))  # the map grows
             assert_stored(tier, range(100, 2000), locations)
-        unfinished.append(tier._snapshot())
+        unfinished.append(tier._file.snapshot())
         unfinished[-1].__enter__()
         tier.close()
         unfinished.clear()  # as late as a traceback is dropped
@@ -241,7 +244,7 @@ def test_close_waits_for_what_other_threads_read(directory):
     reading, seen = threading.Event(), []
 
     def read_on():
-        with tier._snapshot():
+        with tier._file.snapshot():
             reading.set()
             seen.append(closed.wait(0.3))
 
@@ -271,11 +274,11 @@ def test_a_map_that_cannot_grow_is_a_named_error(directory, monkeypatch):
         def set_mapsize(self, nbytes):
             raise lmdb.Error("mmap: Cannot allocate memory")
 
-    real = tier._env
-    tier._env = Env(real)
+    real = tier._file._env
+    tier._file._env = Env(real)
     with pytest.raises(WriteFailedError, match="Cannot allocate memory"):
         write(tier, range(50, 4000))
-    tier._env = real
+    tier._file._env = real
     assert_stored(tier, range(50), locations)
     write(tier, range(50, 4000))
     tier.close()
@@ -403,6 +406,49 @@ def test_what_was_deleted_all_over_a_full_tier_is_used_again(directory, mib, bat
     tier.close()
 
 
+def test_nothing_is_gathered_in_vain_while_somebody_reads(directory, monkeypatch):
+    """What is freed is of no use then, and would take the pages that are kept for deleting."""
+    monkeypatch.setattr("kvstore.tiers.disk._PATIENCE_SECONDS", 0.1)
+    tier = DiskTier(directory, SPEC, 8 << 20)
+    ids, locations = fill(tier, directory, batch=64)
+    held = dict(zip(ids, locations, strict=True))
+    for block in ids[::10]:
+        tier.delete(np.array([held.pop(block)]))
+    with tier._file.snapshot():
+        tier.delete(np.array([held.pop(block) for block in list(held)[: len(ids) // 4]]))
+        began = time.monotonic()
+        for first in (100_000, 200_000):
+            with pytest.raises(StoreFullError):
+                write(tier, range(first, first + 256))
+        assert time.monotonic() - began < 5
+        for block in list(held)[-8:]:
+            tier.delete(np.array([held.pop(block)]))
+    fresh, places = fill(tier, directory, first=300_000, batch=64)
+    assert len(fresh) > 0.25 * len(ids)
+    held |= dict(zip(fresh, places, strict=True))
+    assert_stored(tier, list(held), list(held.values()))
+    tier.close()
+
+
+def test_a_pack_that_is_gone_is_not_shrunk(directory, monkeypatch):
+    """Ctrl-C may come between a deletion and what is remembered of it."""
+    tier = DiskTier(directory, SPEC, 4 << 20)
+    ids, locations = fill(tier, directory, batch=64)
+    held = dict(zip(ids, locations, strict=True))
+    tier.delete(np.array([held.pop(block) for block in ids[::2]]))
+    held |= dict(zip(*fill(tier, directory, first=100_000, batch=64), strict=True))
+    for block in list(held)[::7]:
+        tier.delete(np.array([held.pop(block)]))
+    pack = next(iter(tier._reclaimer._loose))
+    gone = [block for block, location in held.items() if location >> 16 == pack]
+    with monkeypatch.context() as patch:
+        patch.setattr(tier._reclaimer, "note", lambda left: None)
+        tier.delete(np.array([held.pop(block) for block in gone]))
+    held |= dict(zip(*fill(tier, directory, first=200_000, batch=64), strict=True))
+    assert_stored(tier, list(held), list(held.values()))
+    tier.close()
+
+
 def test_a_full_tier_deletes_one_by_one(directory):
     tier = DiskTier(directory, SPEC, 1 << 20)
     ids, locations = fill(tier, directory)
@@ -414,7 +460,7 @@ def test_a_full_tier_deletes_one_by_one(directory):
 
 
 def test_a_deletion_all_over_a_full_tier_goes_in_short_steps(directory, monkeypatch):
-    monkeypatch.setattr("kvstore.tiers.disk._RESERVED_PAGES", 24)
+    monkeypatch.setattr("kvstore.tiers.lmdb_file._RESERVED_PAGES", 24)
     monkeypatch.setattr("kvstore.tiers.disk._PACK_BYTES", 1)
     tier = DiskTier(directory, BlockSpec.kv(1, 4), 3 << 19)
     ids, rows = np.arange(50), [np.zeros((50, 8), np.uint8)] * 2
@@ -435,7 +481,7 @@ def test_changes_wait_for_pages_that_a_read_still_needs(directory):
     reading, enough = threading.Event(), threading.Event()
 
     def hold():
-        with tier._snapshot():
+        with tier._file.snapshot():
             reading.set()
             enough.wait(0.5)
 
@@ -916,7 +962,7 @@ def test_more_readers_than_there_is_room_for(tier, directory, monkeypatch):
     def full(*_: object, **__: object) -> None:
         raise lmdb.ReadersFullError
 
-    monkeypatch.setattr(disk.lmdb, "open", full)
+    monkeypatch.setattr(lmdb_file.lmdb, "open", full)
     with pytest.raises(ValueError, match="has as many readers as it takes"):
         DiskTier(directory, SPEC, CAPACITY, read_only=True)
 

@@ -13,9 +13,10 @@ import xxhash
 from twin import LANDMARK, SPEC, Twin, assert_past
 
 from kvstore.block import BlockSpec, Plane
-from kvstore.codec import Codec
 from kvstore.errors import CorruptBlockError, CorruptStoreError, StoreFullError
 from kvstore.salvage import DAMAGED, salvage
+from kvstore.tiers.disk import FORMAT_KEY, planes_of
+from kvstore.tiers.sealed import seal
 from kvstore.tiers.spec_file import NAME, described, read_spec
 from kvstore.verify import verify
 
@@ -181,17 +182,36 @@ def test_an_error_does_not_repeat_all_that_a_specification_says(tmp_path, text):
 
 
 @pytest.mark.parametrize(
-    "planes",
-    [
-        [Plane("k" * 10_000, (8,), torch.complex64)],
-        [Plane("k", (8,) * 1000, torch.bfloat16)],
-    ],
-    ids=["name", "size"],
+    ("name", "shape"),
+    [("k" * 10_000, (8,)), ("k", (8,) * 10_000), ("k", (0,) * 10), ("k", (10**5000,)), ("", (8,))],
+    ids=["name", "sizes", "nothing", "size", "no name"],
 )
-def test_an_error_does_not_repeat_all_of_a_plane(planes):
-    with pytest.raises(ValueError, match=r"a block has|cannot be stored") as raised:
-        Codec(BlockSpec(planes))
-    assert len(str(raised.value)) < 400
+def test_a_plane_that_cannot_be(name, shape):
+    with pytest.raises(ValueError, match="it needs a name of at most 100") as raised:
+        Plane(name, shape, torch.bfloat16)
+    assert len(str(raised.value)) < 600
+
+
+def test_a_block_of_two_gib_cannot_be():
+    with pytest.raises(ValueError, match="2 GiB or more"):
+        BlockSpec([Plane("k", (2**16, 2**15), torch.uint8)])
+
+
+@pytest.mark.parametrize(
+    "planes",
+    ["k:float32[,]", "k:float3[8]", "k:float32[0]", "k:float32[8] v:float32[4]", "k" * 9999],
+)
+def test_a_short_form_that_says_nothing(planes):
+    with pytest.raises(CorruptStoreError, match="does not say") as raised:
+        described(planes)
+    assert len(str(raised.value)) < 600
+
+
+@pytest.mark.parametrize("payload", ["{}", "[1]", '{"planes": 7}', "[" * 9999, "no json"])
+def test_a_format_record_that_says_nothing(payload):
+    value = seal(FORMAT_KEY, payload.encode())
+    with pytest.raises(CorruptBlockError, match=r"makes no sense|does not say"):
+        described(planes_of(value))
 
 
 def test_what_cannot_be_salvaged_is_left_as_it_was(kept, make_store):

@@ -201,7 +201,7 @@ def test_a_damaged_record_of_no_context_goes(kept, key):
     """A caller's, or one of a context whose key has changed by a bit."""
     store, pasts = kept
     store.put_record(b"other", b"stays")
-    with store._disk._env.begin(write=True) as transaction:
+    with store._disk._file._env.begin(write=True) as transaction:
         transaction.put(key, b"01234567what its checksum denies", db=store._disk._records)
     found = verify(store)
     assert found.records == [key]

@@ -9,6 +9,7 @@ import resource
 import shutil
 import signal
 import stat
+import subprocess
 import sys
 import threading
 import time
@@ -427,6 +428,36 @@ def test_nothing_is_gathered_in_vain_while_somebody_reads(directory, monkeypatch
     assert len(fresh) > 0.25 * len(ids)
     held |= dict(zip(fresh, places, strict=True))
     assert_stored(tier, list(held), list(held.values()))
+    tier.close()
+
+
+def test_a_deletion_looks_at_no_other_pack(directory, monkeypatch):
+    """It needs no room but what is kept for it, and damage elsewhere is not its business."""
+    monkeypatch.setattr("kvstore.tiers.disk._PATIENCE_SECONDS", 0.0)
+    tier = DiskTier(directory, SPEC, 4 << 20)
+    _, locations = fill(tier, directory, batch=64)
+    tier._reclaimer._loose = None
+    monkeypatch.setattr(tier._reclaimer, "_find", lambda: pytest.fail("it looked"))
+    with tier._file.snapshot(), contextlib.suppress(StoreFullError):
+        for location in locations:
+            tier.delete(np.array([location]))
+    assert 0 < tier.block_count < len(locations)
+    tier.close()
+
+
+def test_a_killed_reader_keeps_no_room(directory):
+    tier = DiskTier(directory, SPEC, 8 << 20)
+    ids, locations = fill(tier, directory, batch=64)
+    script = (
+        "import os, sys; from kvstore.block import BlockSpec; "
+        "from kvstore.tiers.disk import DiskTier; "
+        "held = DiskTier(sys.argv[1], BlockSpec.kv(16, 64), 8 << 20, read_only=True); "
+        "os.kill(os.getpid(), 9)"
+    )
+    ran = subprocess.run([sys.executable, "-c", script, directory], check=False)
+    assert ran.returncode == -signal.SIGKILL
+    tier.delete(np.array(locations[::2]))
+    assert len(fill(tier, directory, first=100_000, batch=64)[0]) >= 0.85 * len(ids[::2])
     tier.close()
 
 

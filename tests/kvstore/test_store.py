@@ -275,6 +275,21 @@ def fill(store, ids, stored):
         stored.append(planes)
 
 
+def test_an_id_that_stands_in_line_twice_is_written_once():
+    """It was deleted before it was written, and given out again."""
+    with make(hot=2048, warm=4096) as store:
+        first = store.put(random_planes(1020))
+        store.flush()
+        store.delete(store.put(random_planes(4, 1)))
+        again = store.put(random_planes(4, 2))
+        assert set(again.tolist()) == {1020, 1021, 1022, 1023}
+        store.flush()
+        store.check()
+        assert store.stats.writes_behind == len(store) == 1024
+        same(store.fetch(first), random_planes(1020))
+        same(store.fetch(again), random_planes(4, 2))
+
+
 def put_many(store, turns, n):
     for turn in range(turns):
         store.put(random_planes(n, turn))

@@ -75,7 +75,6 @@ def next_spare(spare: Bools, pinned: Bools, start: int, n: int) -> tuple[Int64s,
 def take_apart(
     planes: list[Bytes], rows: Int64s, firsts: list[list[int]], blocks: Bytes
 ) -> None: ...
-def merge(blocks: Any, firsts: list[list[int]], planes: list[Bytes], rows: Int64s) -> None: ...
 def make_frames(
     ids: Int64s,
     common: bytes,
@@ -87,9 +86,18 @@ def make_frames(
     hash: Callable[[Any], int],
 ) -> list[bytes]: ...
 def join_frames(frames: Sequence[bytes | memoryview], counts: list[int]) -> list[bytes]: ...
-def open_frames(
-    frames: list[bytes | memoryview], ids: Int64s, common: bytes, hash: Callable[[Any], int]
-) -> list[memoryview] | None: ...
+def decode(
+    frames: list[bytes | memoryview],
+    ids: Int64s,
+    common: bytes,
+    nbytes: int,
+    hash: Callable[[Any], int],
+    unpack: Callable[[memoryview], bytes],
+    refusal: type[Exception],
+    firsts: list[list[int]],
+    planes: list[Bytes],
+    rows: Int64s,
+) -> int: ...
 def cut_frames(
     packs: list[bytes | memoryview], which: list[int], places: Int64s
 ) -> list[memoryview] | None: ...

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -111,7 +111,6 @@ class Codec:
         self._common_end = _ID_END + len(self._common)
         self.header_nbytes = self._common_end + 4
         self._group = min(max(1, _GROUP_BYTES // spec.nbytes), _GROUP_BLOCKS)
-        self._sizes_of_blocks = np.full(self._group, spec.nbytes, np.uint64).tobytes()
         self._local = threading.local()
 
     def encode(
@@ -155,30 +154,40 @@ class Codec:
         CorruptBlockError naming the block; what its rows hold then is undefined.
         """
         self._check_arrays(ids, out, rows)
-        planes = list(out)
         rows = np.arange(len(ids)) if rows is None else rows
-        for group, blocks in self._verified(ids, frames):
-            _native.merge(blocks, self._firsts, planes, rows[group])
+        self._decode(ids, frames, self._firsts, out, rows)
 
     def verify(self, ids: Ids, frames: Sequence[Frame]) -> None:
         """Raise what `decode` would, without putting the planes together."""
-        for _ in self._verified(ids, frames):
-            pass
+        self._decode(ids, frames, [], [], ids)
 
-    def _verified(self, ids: Ids, frames: Sequence[Frame]) -> Iterator[tuple[slice, Any]]:
-        """Verify and decompress group by group: yield which frames, and all units of each."""
+    def _decode(
+        self,
+        ids: Ids,
+        frames: Sequence[Frame],
+        firsts: list[list[int]],
+        planes: Sequence[Bytes2D],
+        rows: npt.NDArray[np.int64],
+    ) -> None:
+        """Verify and decompress frames, and put these planes of their blocks together."""
         if len(frames) != len(ids):
             raise ValueError(f"{len(ids)} ids for {len(frames)} frames")
-        frames = list(frames)
-        for start in range(0, len(ids), self._group):
-            group = slice(start, start + self._group)
-            # Just before they are decompressed: this brings the frames into the cache.
-            payloads = _native.open_frames(
-                frames[group], ids[group], self._common, xxhash.xxh3_64_intdigest
-            )
-            if payloads is None:
-                raise self._damaged(ids[group], frames[group])
-            yield group, self._decompress(ids[group], payloads)
+        frames, planes = list(frames), list(planes)
+        good = _native.decode(
+            frames,
+            ids,
+            self._common,
+            self.spec.nbytes,
+            xxhash.xxh3_64_intdigest,
+            self._unpacker(),
+            zstandard.ZstdError,
+            firsts,
+            planes,
+            rows,
+        )
+        if good < len(frames):
+            block, reason = int(ids[good]), self._fault(int(ids[good]), bytes(frames[good]))
+            raise CorruptBlockError(f"block {block} is damaged on disk: {reason}", block)
 
     def _check_arrays(
         self,
@@ -258,15 +267,8 @@ class Codec:
 
     # Reading
 
-    def _damaged(self, ids: Ids, frames: Sequence[Frame]) -> CorruptBlockError:
-        """Find the first frame that was refused and say what is wrong with it."""
-        for block, frame in zip(ids.tolist(), frames, strict=True):
-            reason = self._fault(block, bytes(frame))
-            if reason:
-                return CorruptBlockError(f"block {block} is damaged on disk: {reason}", block)
-        raise AssertionError("the frames were refused together but pass one by one")
-
-    def _fault(self, block: int, frame: bytes) -> str | None:
+    def _fault(self, block: int, frame: bytes) -> str:
+        """Say what is wrong with a frame that was refused."""
         if len(frame) < self.header_nbytes:
             return f"its frame is cut short at {len(frame)} B"
         if int.from_bytes(frame[:8], "little") != xxhash.xxh3_64_intdigest(frame[8:]):
@@ -281,29 +283,26 @@ class Codec:
         size = int.from_bytes(frame[self._common_end : self.header_nbytes], "little")
         if size != len(frame) - self.header_nbytes:
             return "its size is not what it says"
-        return None
-
-    def _decompress(self, ids: Ids, payloads: Sequence[Frame]) -> Any:
-        """Return all units of every block, a sequence of buffers of spec.nbytes each."""
         try:
-            return self._decompress_whole(payloads)
-        except (zstandard.ZstdError, ValueError):  # the latter where nothing at all comes out
-            raise self._undecodable(ids, payloads) from None
+            self._unpacker()(frame[self.header_nbytes :])
+        except zstandard.ZstdError as error:
+            return str(error)
+        raise AssertionError("a frame was refused that is as it should be")
 
-    def _decompress_whole(self, payloads: Sequence[Frame]) -> Any:
-        sizes = self._sizes_of_blocks[: 8 * len(payloads)]
-        return self._decompressor().multi_decompress_to_buffer(
-            payloads, decompressed_sizes=sizes, threads=1
-        )
+    def _unpacker(self) -> Callable[[Frame], bytes]:
+        """Return what decompresses payloads on this thread; ZstdError where it cannot."""
+        # One that lasts: to make a new one for each batch took as long as a small block takes.
+        decompress = self._decompressor().decompress
+        nbytes = self.spec.nbytes
 
-    def _undecodable(self, ids: Ids, payloads: Sequence[Frame]) -> CorruptBlockError:
-        """Find the first block that zstd refuses although its checksum matches."""
-        for block, part in zip(ids.tolist(), payloads, strict=True):
-            try:
-                self._decompress_whole([part])
-            except (zstandard.ZstdError, ValueError) as error:
-                return CorruptBlockError(f"block {block} is damaged on disk: {error}", block)
-        raise AssertionError("the blocks were refused together but pass one by one")
+        def unpack(payload: Frame) -> bytes:
+            size = zstandard.frame_content_size(payload)
+            if size != nbytes:  # it gets no memory to hold more
+                raise zstandard.ZstdError(f"it holds {size} B for {nbytes}")
+            block: bytes = decompress(payload, 0, False, False)
+            return block
+
+        return unpack
 
     # What each thread has for itself: zstd contexts are not safe to share.
 
@@ -314,7 +313,6 @@ class Codec:
 
     def _decompressor(self) -> Any:
         if not hasattr(self._local, "decompressor"):
-            # A frame that claims more than a block may hold gets no memory for it.
             window = 1 << max(10, (self.spec.nbytes - 1).bit_length())
             self._local.decompressor = zstandard.ZstdDecompressor(max_window_size=window)
         return self._local.decompressor

@@ -122,7 +122,7 @@ std::size_t check_planes(const std::vector<Bytes>& planes, const Int64s& rows,
     return nbytes;
 }
 
-// Take elements apart: the i-th block is made of the planes' row rows[i]. firsts: as of merge.
+// Take elements apart: the i-th block is made of the planes' row rows[i]. firsts: as of decode.
 void take_apart(const std::vector<Bytes>& planes, const Int64s& rows, const Firsts& firsts,
                 Bytes& blocks) {
     const std::size_t nbytes = check_planes(planes, rows, firsts);
@@ -138,27 +138,6 @@ void take_apart(const std::vector<Bytes>& planes, const Int64s& rows, const Firs
             const std::size_t depth = firsts[p].size(), size = planes[p].shape(1);
             split_plane(planes[p].data() + size * rows.data()[i], firsts[p].data(), depth,
                         size / depth, out + stride * i);
-        }
-    }
-}
-
-// Put blocks' elements together. firsts: for each plane where in a block its bytes of each
-// significance begin, most significant first. planes: uint8 [any, bytes]; the i-th block goes to
-// their row rows[i].
-void merge(const py::sequence& blocks, const Firsts& firsts, std::vector<Bytes>& planes,
-           const Int64s& rows) {
-    const auto count = static_cast<py::ssize_t>(blocks.size());
-    if (rows.size() != count) throw py::value_error("blocks and rows differ in number");
-    const std::size_t nbytes = check_planes(planes, rows, firsts);
-    for (py::ssize_t i = 0; i < count; i++) {
-        const py::object block = blocks[i];
-        const View view(block);
-        if (view.size() < nbytes) throw py::value_error("a block is too short");
-        for (std::size_t p = 0; p < planes.size(); p++) {
-            const std::size_t depth = firsts[p].size();
-            const auto size = static_cast<std::size_t>(planes[p].shape(1));
-            std::uint8_t* out = planes[p].mutable_data() + size * rows.data()[i];
-            merge_plane({view.data(), firsts[p].data(), size / depth, out}, depth);
         }
     }
 }
@@ -270,33 +249,54 @@ py::object slice(const py::handle& object, std::size_t first, std::size_t last) 
     return object[py::slice(first, last, 1)];
 }
 
-// The payload of each frame. None unless each begins with the checksum, by `hash`, of all that
-// follows (8 bytes): its block's id (8 bytes), what all have in common, the size of the payload (4
-// bytes) and the payload.
-py::object open_frames(const py::list& frames, const Int64s& ids, const py::bytes& common,
-                       const py::function& hash) {
-    if (ids.size() != static_cast<py::ssize_t>(frames.size())) {
-        throw py::value_error("frames and ids differ in number");
+// Whether this is the frame of that block: the checksum by `hash` of all that follows (8 bytes), the
+// block's id (8 bytes), what all have in common, the size of the payload (4 bytes) and the payload.
+bool intact(const py::memoryview& whole, std::int64_t id, std::string_view common,
+            const py::function& hash) {
+    const View frame(whole);
+    const std::uint8_t* head = frame.data();
+    const std::size_t end = 16 + common.size() + 4;
+    return frame.size() >= end && frame.size() - end <= UINT32_MAX && same(head + 8, id) &&
+           !std::memcmp(head + 16, common.data(), common.size()) &&
+           same(head + end - 4, static_cast<std::uint32_t>(frame.size() - end)) &&
+           same(head, py::cast<std::uint64_t>(hash(slice(whole, 8, frame.size()))));
+}
+
+// Verify frames, unpack their payloads and put each one's block together as soon as it comes: what
+// is written and read again then is in the processor's nearest cache. firsts: for each plane where
+// in a block its bytes of each significance begin, most significant first. planes: uint8 [any,
+// bytes]; the i-th block goes to their row rows[i]. No planes: verify alone. Returns how many there
+// are before the first that is not intact, or whose payload `unpack` refuses by `refusal`.
+std::size_t decode(const py::list& frames, const Int64s& ids, const py::bytes& common,
+                   std::size_t nbytes, const py::function& hash, const py::function& unpack,
+                   const py::object& refusal, const Firsts& firsts, std::vector<Bytes>& planes,
+                   const Int64s& rows) {
+    const auto count = static_cast<py::ssize_t>(frames.size());
+    if (ids.size() != count || rows.size() != count) {
+        throw py::value_error("frames, ids and rows differ in number");
     }
-    const std::string_view shared = common;
-    const std::size_t end = 16 + shared.size() + 4;
-    py::list payloads(frames.size());
-    for (std::size_t i = 0; i < frames.size(); i++) {
+    if (check_planes(planes, rows, firsts) > nbytes) throw py::value_error("a block is too short");
+    const std::size_t end = 16 + std::string_view(common).size() + 4;
+    for (py::ssize_t i = 0; i < count; i++) {
         const py::memoryview whole(frames[i]);  // slices of it copy nothing
-        const View frame(whole);
-        const std::uint8_t* head = frame.data();
-        if (frame.size() < end || frame.size() - end > UINT32_MAX ||
-            !same(head + 8, ids.data()[i]) ||
-            std::memcmp(head + 16, shared.data(), shared.size()) ||
-            !same(head + end - 4, static_cast<std::uint32_t>(frame.size() - end))) {
-            return py::none();
+        if (!intact(whole, ids.data()[i], common, hash)) return i;
+        py::object block;
+        try {
+            block = unpack(slice(whole, end, View(whole).size()));
+        } catch (const py::error_already_set& error) {
+            if (error.matches(refusal)) return i;
+            throw;
         }
-        // A view that is gone at once: hundreds that stay would wake Python's garbage collector.
-        const py::object checksum = hash(slice(whole, 8, frame.size()));
-        if (!same(head, py::cast<std::uint64_t>(checksum))) return py::none();
-        payloads[i] = slice(whole, end, frame.size());
+        const View view(block);
+        if (view.size() != nbytes) throw py::value_error("a block of another size");
+        for (std::size_t p = 0; p < planes.size(); p++) {
+            const std::size_t depth = firsts[p].size();
+            const auto size = static_cast<std::size_t>(planes[p].shape(1));
+            std::uint8_t* out = planes[p].mutable_data() + size * rows.data()[i];
+            merge_plane({view.data(), firsts[p].data(), size / depth, out}, depth);
+        }
     }
-    return std::move(payloads);
+    return count;
 }
 
 // The frames at these places of a table in front of packs (kvstore/tiers/pack.py): an entry of 4
@@ -322,16 +322,15 @@ py::object cut_frames(const py::list& packs, const py::list& which, const Int64s
 }  // namespace
 
 void bind_planes(py::module_& module) {
-    module.def("merge", &merge, given("blocks"), py::arg("firsts"), given("planes"),
-               given("rows"));
     module.def("take_apart", &take_apart, given("planes"), given("rows"), py::arg("firsts"),
                given("blocks"));
     module.def("make_frames", &make_frames, given("ids"), given("common"), given("blocks"),
                py::arg("raw"), given("tops"), py::arg("skip"), given("zstd_header"),
                py::arg("hash"));
     module.def("join_frames", &join_frames, py::arg("frames"), py::arg("counts"));
-    module.def("open_frames", &open_frames, given("frames"), given("ids"), given("common"),
-               py::arg("hash"));
+    module.def("decode", &decode, given("frames"), given("ids"), given("common"),
+               py::arg("nbytes"), py::arg("hash"), py::arg("unpack"), py::arg("refusal"),
+               py::arg("firsts"), given("planes"), given("rows"));
     module.def("cut_frames", &cut_frames, given("packs"), given("which"), given("places"));
 }
 

@@ -187,20 +187,61 @@ def test_rows_are_copied_from_what_is_only_read_and_never_to_it():
 FIRSTS = [[[2, 0], [3, 1]], [[3, 2, 1, 0]]]
 
 
+def framed(block, payload, common=b"common"):
+    body = block.to_bytes(8, "little") + common + len(payload).to_bytes(4, "little") + payload
+    return hash(body).to_bytes(8, "little", signed=True) + body
+
+
+def decode(frames, ids, firsts=(), planes=(), rows=None, unpack=bytes):
+    """What `decode` returns where blocks of four bytes are packed as they are."""
+    return _native.decode(
+        frames,
+        int64(ids),
+        b"common",
+        4,
+        lambda body: hash(bytes(body)) % 2**64,
+        unpack,
+        LookupError,
+        list(firsts),
+        list(planes),
+        int64(ids if rows is None else rows),
+    )
+
+
 def test_planes_are_put_together_within_bounds():
     out = [np.zeros((2, 2), np.uint8) for _ in "kv"]
-    _native.merge([b"abcd"], FIRSTS[0], out, int64([1]))
+    frame = framed(7, b"abcd")
+    assert decode([frame], [7], FIRSTS[0], out, [1]) == 1
     assert [plane.tobytes() for plane in out] == [b"\0\0ac", b"\0\0bd"]
-    for blocks, firsts, rows in (
-        ([b"abc"], FIRSTS[0], [1]),  # too short
-        ([b"abcd"], FIRSTS[0], [0, 1]),
-        ([b"abcd"], FIRSTS[1], [0]),  # another number of planes
-        ([b"abcd"], [[0], [0, 1, 2]], [0]),  # elements of three bytes
+    for frames, firsts, rows in (
+        ([frame], [[2, 0], [4, 1]], [1]),  # beyond the block's end
+        ([framed(7, b"abc")], FIRSTS[0], [1]),  # a block that is too short
+        ([framed(7, b"abcde")], FIRSTS[0], [1]),
+        ([frame], FIRSTS[0], [0, 1]),
+        ([frame, frame], FIRSTS[0], [0]),
+        ([frame], FIRSTS[1], [0]),  # another number of planes
+        ([frame], [[0], [0, 1, 2]], [0]),  # elements of three bytes
     ):
         with pytest.raises(ValueError, match=r"."):
-            _native.merge(blocks, firsts, out, int64(rows))
+            decode(frames, [7] * len(frames), firsts, out, rows)
     with pytest.raises(IndexError):
-        _native.merge([b"abcd"], FIRSTS[0], out, int64([2]))
+        decode([frame], [7], FIRSTS[0], out, [2])
+
+
+def test_frames_count_until_the_first_that_is_not_as_it_should_be():
+    good = framed(7, b"abcd")
+    assert decode([good, memoryview(good)], [7, 7]) == 2
+    wrong = [framed(6, b"abcd"), framed(7, b"abcd", b"others"), b"short", b"", good[:-1]]
+    wrong += [good + b"e", good[:-1] + b"e", b"x" + good[1:]]
+    for frame in wrong:
+        assert decode([good, frame, good], [7, 7, 7]) == 1
+
+    def refuse(payload):
+        raise KeyError(bytes(payload))
+
+    assert decode([good], [7], unpack=refuse) == 0
+    with pytest.raises(ZeroDivisionError):
+        decode([good], [7], unpack=lambda payload: 1 // 0)
 
 
 def test_planes_are_taken_apart_within_bounds():
@@ -222,7 +263,6 @@ def test_frames_are_cut_where_the_table_says_and_never_beyond():
     assert _native.cut_frames([b""], [0], int64([0])) is None
     with pytest.raises(IndexError):
         _native.cut_frames([pack], [1], int64([0]))
-    assert _native.open_frames([b"short"], int64([0]), b"common", hash) is None
 
 
 @given(

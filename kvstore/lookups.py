@@ -68,7 +68,7 @@ class Pin:
         weights: the shape of the ids. What an id received in several places is added up.
         """
         if isinstance(weights, torch.Tensor):
-            weights = weights.detach().to("cpu", torch.float32).numpy()
+            weights = weights.to(torch.float32).numpy(force=True)
         given = np.asarray(weights, np.float32)
         if given.shape != self.slots.shape:
             raise ValueError(

@@ -167,7 +167,9 @@ class LandmarkStream(Stream):
         if some_absent and (blocks < 0).all():
             return local[0]
         landmarks = self.context.index.gather(streams, torch.from_numpy(blocks))  # [H, G, M, D]
-        cos, sin = (t[: blocks.shape[-1]] for t in self._shifts)
+        turns = self._shifts  # most often all
+        if blocks.shape[-1] < len(turns[0]):
+            turns = (turns[0][: blocks.shape[-1]], turns[1][: blocks.shape[-1]])
         ids = self.context.ids(streams, blocks.clip(min=0) if some_absent else blocks)
         if some_absent:
             # There the kernel looks at none; ask for one that is asked for anyway.
@@ -188,7 +190,7 @@ class LandmarkStream(Stream):
                 slots = np.where(blocks[:, part] < 0, -1, pin.slots) if some_absent else pin.slots
                 out, _, weights = landmark_attention(
                     some_q,
-                    (cos, sin),
+                    turns,
                     some_landmarks,
                     keys,
                     values,

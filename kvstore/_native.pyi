@@ -99,7 +99,7 @@ def decode(
     rows: Int64s,
 ) -> int: ...
 def cut_frames(
-    packs: list[bytes | memoryview], which: list[int], places: Int64s
+    packs: list[bytes | memoryview], which: list[int], locations: Int64s, bits: int
 ) -> list[memoryview] | None: ...
 
 # search.cpp

@@ -300,18 +300,21 @@ std::size_t decode(const py::list& frames, const Int64s& ids, const py::bytes& c
 }
 
 // The frames at these places of a table in front of packs (kvstore/tiers/pack.py): an entry of 4
-// bytes says where a frame begins, the next where it ends. which: of the packs, for each place.
-// None where there is no such entry.
-py::object cut_frames(const py::list& packs, const py::list& which, const Int64s& places) {
-    if (places.size() != static_cast<py::ssize_t>(which.size())) {
-        throw py::value_error("packs and places differ in number");
+// bytes says where a frame begins, the next where it ends. which: of the packs, for each location,
+// whose lowest `bits` are the place. None where there is no such entry.
+py::object cut_frames(const py::list& packs, const py::list& which, const Int64s& locations,
+                      int bits) {
+    if (locations.size() != static_cast<py::ssize_t>(which.size())) {
+        throw py::value_error("packs and locations differ in number");
     }
+    if (bits < 1 || bits > 32) throw py::value_error("places have 1 to 32 bits");
+    const std::uint64_t mask = (std::uint64_t{1} << bits) - 1;
     py::list frames(which.size());
     for (std::size_t i = 0; i < which.size(); i++) {
         const py::object pack = packs[py::cast<std::size_t>(which[i])];
         const View view(pack);
-        const auto place = static_cast<std::uint64_t>(places.data()[i]);
-        if (place > UINT32_MAX || view.size() < 4 * place + 8) return py::none();
+        const std::uint64_t place = static_cast<std::uint64_t>(locations.data()[i]) & mask;
+        if (view.size() < 4 * place + 8) return py::none();
         std::uint32_t bounds[2];
         std::memcpy(bounds, view.data() + 4 * place, sizeof bounds);
         frames[i] = slice(pack, bounds[0], bounds[1]);
@@ -331,7 +334,8 @@ void bind_planes(py::module_& module) {
     module.def("decode", &decode, given("frames"), given("ids"), given("common"),
                py::arg("nbytes"), py::arg("hash"), py::arg("unpack"), py::arg("refusal"),
                py::arg("firsts"), given("planes"), given("rows"));
-    module.def("cut_frames", &cut_frames, given("packs"), given("which"), given("places"));
+    module.def("cut_frames", &cut_frames, given("packs"), given("which"),
+               given("locations"), py::arg("bits"));
 }
 
 }  // namespace kvstore

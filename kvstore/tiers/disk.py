@@ -163,13 +163,12 @@ class DiskTier:
 
         CorruptBlockError where there is none.
         """
-        numbers = (locations >> INDEX_BITS).tolist()
-        places = locations & ((1 << INDEX_BITS) - 1)
         known: dict[int, int] = {}
         packs: list[bytes | memoryview] = []
         which: list[int] = []
         try:
-            for number in numbers:
+            for location in locations.tolist():
+                number = location >> INDEX_BITS
                 place = known.setdefault(number, len(packs))
                 if place == len(packs):
                     packs.append(transaction.get(key_of(number), b"", db=self._packs))
@@ -179,9 +178,9 @@ class DiskTier:
             raise CorruptBlockError(
                 f"block {block} is damaged on disk: {error}", int(block)
             ) from None
-        frames = _native.cut_frames(packs, which, places)
+        frames = _native.cut_frames(packs, which, np.ascontiguousarray(locations), INDEX_BITS)
         if frames is None:
-            raise self._missing(ids, numbers, places, [len(packs[place]) for place in which])
+            raise self._missing(ids, locations, [len(packs[place]) for place in which])
         return frames
 
     def delete(self, locations: Locations, *, missing_ok: bool = False) -> None:
@@ -538,11 +537,10 @@ class DiskTier:
         """Return a pack; of no bytes where there is none."""
         return memoryview(transaction.get(key_of(number), b"", db=self._packs))
 
-    def _missing(
-        self, ids: Ids, numbers: list[int], places: Locations, sizes: list[int]
-    ) -> CorruptBlockError:
+    def _missing(self, ids: Ids, locations: Locations, sizes: list[int]) -> CorruptBlockError:
         """Find the first block whose place is not there. sizes: of the blocks' packs."""
-        for block, number, place, size in zip(ids.tolist(), numbers, places, sizes, strict=True):
+        for block, location, size in zip(ids.tolist(), locations.tolist(), sizes, strict=True):
+            number, place = location >> INDEX_BITS, location & ((1 << INDEX_BITS) - 1)
             if size < 4 * place + 8:
                 return CorruptBlockError(
                     f"block {block} is not on disk where it was written, in pack {number}", block

@@ -123,42 +123,59 @@ class LmdbFile:
     def operation(self) -> Iterator[None]:
         """Keep the file open until the operation ends."""
         with self._idle:
-            if self._closed:
-                raise StoreClosedError(f"the cold tier in {self.directory} is closed")
-            if os.getpid() != self._pid:
-                raise StoreClosedError(
-                    f"the cold tier in {self.directory} was opened by another process: a child "
-                    "has to open its own"
-                )
-            caller = threading.get_ident()
-            self._operations[caller] += 1
+            caller = self._begin()
         try:
             yield
         finally:
             with self._idle:
-                self._operations[caller] -= 1
-                if self._operations[caller] <= 0:  # less where `abandon` has forgotten it
-                    del self._operations[caller]
-                self._idle.notify_all()
+                self._end(caller)
 
     @contextlib.contextmanager
     def snapshot(self, buffers: Any = False) -> Iterator[Any]:
-        """Read the file as it is now, or was when it was opened to be read only."""
-        with self.operation():
+        """Read the file as it is now, or was when it was opened to be read only.
+
+        An operation, too. What LMDB cannot follow is damage that has come since it was opened.
+        """
+        # All in one: few blocks are read in little more time than managers within managers take.
+        token = object()
+        with self._idle:
+            while self._growing:
+                self._idle.wait()
+            caller = self._begin()
+            if self._view is None:
+                self._reads[token] = caller
+        try:
             if self._view is not None:
-                with self._viewing, self._reading():  # one thread at a time may use a transaction
+                with self._viewing:  # one thread at a time may use a transaction
                     yield self._view
-                return
-            token = object()
-            with self._idle:
-                self._idle.wait_for(lambda: not self._growing)
-                self._reads[token] = threading.get_ident()
-            try:
-                with self._reading(), self._env.begin(buffers=buffers) as transaction:
+            else:
+                with self._env.begin(buffers=buffers) as transaction:
                     yield transaction
-            finally:
+        except _DAMAGES as error:
+            raise damaged(self.directory, error) from None
+        finally:
+            with self._idle:
                 self._reads.pop(token, None)
-                # `operation` tells those who wait for it.
+                self._end(caller)
+
+    def _begin(self) -> int:
+        """Count an operation, of which the caller makes sure that `_end` hears, while `_idle`."""
+        if self._closed:
+            raise StoreClosedError(f"the cold tier in {self.directory} is closed")
+        if os.getpid() != self._pid:
+            raise StoreClosedError(
+                f"the cold tier in {self.directory} was opened by another process: a child "
+                "has to open its own"
+            )
+        caller = threading.get_ident()
+        self._operations[caller] += 1
+        return caller
+
+    def _end(self, caller: int) -> None:
+        self._operations[caller] -= 1
+        if self._operations[caller] <= 0:  # less where `abandon` has forgotten it
+            del self._operations[caller]
+        self._idle.notify_all()
 
     def commit(self, change: Change) -> None:
         """Run a change in a transaction, again in a larger map if it finds no room.
@@ -224,14 +241,6 @@ class LmdbFile:
                 self._growing = False
                 self._idle.notify_all()
         return True
-
-    @contextlib.contextmanager
-    def _reading(self) -> Iterator[None]:
-        """What LMDB cannot follow is damage that has come since the file was opened."""
-        try:
-            yield
-        except _DAMAGES as error:
-            raise damaged(self.directory, error) from None
 
     # Sizes
 

@@ -257,12 +257,16 @@ def test_planes_are_taken_apart_within_bounds():
 
 def test_frames_are_cut_where_the_table_says_and_never_beyond():
     pack = memoryview(b"\x0c\0\0\0\x0d\0\0\0\xff\xff\0\0ab")
-    assert [bytes(f) for f in _native.cut_frames([pack], [0, 0], int64([0, 1]))] == [b"a", b"b"]
-    for wrong in (2, 3, -1, 2**61):
-        assert _native.cut_frames([pack], [0], int64([wrong])) is None
-    assert _native.cut_frames([b""], [0], int64([0])) is None
+    locations = int64([0, 1 + (7 << 16)])
+    assert [bytes(f) for f in _native.cut_frames([pack], [0, 0], locations, 16)] == [b"a", b"b"]
+    for wrong in (2, 3, -1, 2**61 + 2):
+        assert _native.cut_frames([pack], [0], int64([wrong]), 16) is None
+    assert _native.cut_frames([b""], [0], int64([0]), 16) is None
     with pytest.raises(IndexError):
-        _native.cut_frames([pack], [1], int64([0]))
+        _native.cut_frames([pack], [1], int64([0]), 16)
+    for bits in (0, 33):
+        with pytest.raises(ValueError, match="bits"):
+            _native.cut_frames([pack], [0], int64([0]), bits)
 
 
 @given(

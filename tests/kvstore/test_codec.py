@@ -271,6 +271,19 @@ def test_a_claim_of_a_large_window_is_not_believed():
         decoded(codec, ids, [resealed(frame, size=(codec.header_nbytes + 5, claim))])
 
 
+def test_nothing_may_follow_a_block():
+    codec, ids = Codec(BlockSpec.kv(4, 8)), np.array([6])
+    (frame,) = codec.encode(ids, arrays(codec, 1, normal_bfloat16(13)))
+    payload = frame[codec.header_nbytes :]
+    for more in (b"x", payload):
+        size = (len(payload) + len(more)).to_bytes(4, "little")
+        longer = resealed(frame + more, size=(codec.header_nbytes - 4, size))
+        with pytest.raises(CorruptBlockError, match=r"block 6 is damaged on disk: .*unused data"):
+            decoded(codec, ids, [longer])
+        with pytest.raises(CorruptBlockError, match="block 6 "):
+            codec.verify(ids, [longer])
+
+
 @given(st.binary(max_size=400))
 @settings(max_examples=200, deadline=None)
 def test_anything_else_is_refused(junk):

@@ -45,6 +45,11 @@ _HOP_BYTES = 512 * 1024
 # On CUDA a hop is one transfer, and those want megabytes.
 _CUDA_HOP_BYTES = 4 * 1024 * 1024
 
+# Where hot is full, one in so many of its slots is emptied beyond what is asked for, and so many at
+# most: for a few blocks most of the time goes into finding out what is to go where.
+_AHEAD_SHARE = 256
+_MOST_AHEAD = 16
+
 # Blocks from warm are few where they are this part of its slots.
 _FEW = 64
 
@@ -81,6 +86,8 @@ class Mover:
         hop_blocks = max(1, (_CUDA_HOP_BYTES if cuda else _HOP_BYTES) // spec.nbytes)
         self._hops = [Buffer(spec, hop_blocks, pinned=cuda) for _ in range(2)]
         # Half of staging; the other half belongs to those who write behind and read ahead.
+        # Without a disk hot and warm are full together, and what leaves one has to go to the other.
+        self._ahead = min(_MOST_AHEAD, self.hot.slots // _AHEAD_SHARE) if disk is not None else 0
         self._staging = Buffer(spec, max(1, config.staging // 2 // spec.nbytes), pinned=cuda)
         self._stats = stats
         self._recorder = recorder
@@ -241,18 +248,24 @@ class Mover:
         have no other copy and no room in warm. Both have left the eviction order.
         """
         free = self.hot.take_free(n)
-        if len(free) == n:
+        lacking = n - len(free)
+        if not lacking:
             return free, _NONE
-        victims = self.hot.victims(n - len(free), self.hot.pinned)
-        if len(victims) < n - len(free):
+        victims = self.hot.victims(lacking + self._ahead, self.hot.pinned)
+        if len(victims) < lacking:
             raise RuntimeError(
                 f"the policy {type(self.hot.policy).__name__} chose {len(victims)} slots where "
-                f"{n - len(free)} were asked for, although there are so many"
+                f"{lacking} were asked for, although there are so many"
             )
-        stuck = self._evict(victims)
-        if stuck is not None:
-            return np.concatenate((free, victims[~stuck])), victims[stuck]
-        return (np.concatenate((free, victims)) if len(free) else victims), _NONE
+        full = self._evict(victims)
+        empty, stuck = (victims, _NONE) if full is None else (victims[~full], victims[full])
+        if len(victims) > lacking:
+            self.hot.give_back(empty[lacking:])
+            empty = empty[:lacking]
+            needed = lacking - len(empty)
+            self.hot.policy.admit(stuck[needed:])
+            stuck = stuck[:needed]
+        return (np.concatenate((free, empty)) if len(free) else empty), stuck
 
     def _evict(self, victims: Slots) -> NDArray[np.bool_] | None:
         """Empty hot slots. Returns which could not be, bool like victims; None where all were."""

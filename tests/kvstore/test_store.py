@@ -1,6 +1,7 @@
 """What the state machine cannot see: errors from outside, threads, forks, files, time."""
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -419,6 +420,31 @@ def test_making_room_at_once_does_not_push_others_out_of_warm(monkeypatch):
             return store.stats.cold.hits
 
     assert reads(kvstore.mover._FEW) <= 1.01 * reads(1 << 30)
+
+
+@pytest.mark.parametrize(("cold", "ahead"), [("1GiB", 3), (None, 0)])
+def test_a_full_hot_tier_is_emptied_a_little_ahead(cold, ahead, monkeypatch):
+    monkeypatch.setattr(kvstore.mover, "_AHEAD_SHARE", 4)
+    with make(hot=12, warm=64, cold=cold) as store:
+        hot = store._mover.hot
+        ids = store.put(random_planes(40))
+        store.flush()
+        free, in_hot = [], []
+        for block in ids[:12].tolist():
+            with store.pinned(np.array([block])):
+                free.append(hot.free_count)
+                in_hot.append(set(hot.block[hot.block >= 0].tolist()))
+            store.check()
+        # Between the times that room is made nothing leaves.
+        assert set(free) == set(range(ahead + 1))
+        left = [before - after for before, after in itertools.pairwise(in_hot)]
+        assert {len(some) for some in left} == ({0, ahead + 1} if ahead else {1})
+        # Who came last leaves last.
+        came = [*range(20, 40), *range(12)]
+        gone = [block for some in left for block in sorted(some, key=came.index)]
+        first = came.index(gone[0])
+        assert gone == came[first : first + len(gone)]
+        assert same(store.fetch(ids), random_planes(40))
 
 
 def test_slots_of_deleted_blocks_that_are_being_written_are_no_room():

@@ -460,10 +460,11 @@ MACHINE = {"deadline": None, "suppress_health_check": list(hypothesis.HealthChec
 @pytest.fixture(autouse=True)
 def small_numbers(monkeypatch):
     """Move blocks in pieces of three, where the real ones hold thousands of such small blocks, use
-    ids again after sixteen, and take a quarter of warm for few."""
+    ids again after sixteen, take a quarter of warm for few, and empty a third of hot ahead."""
     monkeypatch.setattr(kvstore.residency, "_FIRST_IDS", 16)
     monkeypatch.setattr(kvstore.mover, "_HOP_BYTES", 3 * NBYTES)
     monkeypatch.setattr(kvstore.mover, "_FEW", 4)
+    monkeypatch.setattr(kvstore.mover, "_AHEAD_SHARE", 3)
     monkeypatch.setattr(kvstore.mover, "_CUDA_HOP_BYTES", 3 * NBYTES)
 
 

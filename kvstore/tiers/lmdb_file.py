@@ -210,19 +210,19 @@ class LmdbFile:
         Pages that were freed since are of no use while somebody does. until: of time.monotonic();
         returns False where somebody still does then.
         """
-        while self._lag():
+        while self._outdated():
             if time.monotonic() >= until:
                 return False
             time.sleep(_POLL_SECONDS)
         return True
 
-    def _lag(self) -> int:
-        """How many commits ago the oldest state was the last one that somebody reads now."""
+    def _outdated(self) -> bool:
+        """Whether somebody reads what was before the last commit."""
         self._env.reader_check()  # those of killed processes go
         rows = [line.split() for line in self._env.readers().splitlines()]
         reading = [int(row[2]) for row in rows if len(row) == 3 and row[2].isdigit()]
         last: int = self._env.info()["last_txnid"]
-        return last - min(reading, default=last)
+        return min(reading, default=last) < last
 
     def _grow(self) -> bool:
         """Double the map, up to the capacity; False where it is as large as that already."""

@@ -7,7 +7,8 @@ The rules of movement:
 
 - A new block goes to hot. A promotion to hot leaves the copy in warm, first in line to be
   reclaimed. A block that leaves hot goes to warm unless it has a copy there; one that leaves warm
-  has a copy on disk, or else it may not leave.
+  has a copy on disk, or else it may not leave. Where hot is full and there is a disk, a few more
+  leave than have to: the next fetches find free slots.
 - A block is *unsaved* while it has no copy on disk. With a disk tier there are never more unsaved
   blocks than warm has slots, so each has a place in memory besides hot: a fetch finds room in hot
   whatever the disk does, and never waits for a write. The price is paid by `put`, which waits.

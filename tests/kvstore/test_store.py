@@ -422,6 +422,27 @@ def test_making_room_at_once_does_not_push_others_out_of_warm(monkeypatch):
     assert reads(kvstore.mover._FEW) <= 1.01 * reads(1 << 30)
 
 
+def test_what_cannot_leave_ahead_stays_in_order(monkeypatch):
+    """Hot holds three blocks that nobody has written, and warm has room for two of them."""
+    monkeypatch.setattr(kvstore.mover, "_AHEAD_SHARE", 1)
+    with make(hot=3, warm=3) as store:
+        saved = store.put(random_planes(6))
+        store.flush()
+        SlowWriter(store, quiet=3)
+        new = store.put(random_planes(3, seed=1))
+        tables, hot = store._mover.residency, store._mover.hot
+        assert (tables.hot[new] >= 0).all()
+        (block,) = saved[tables.warm[saved] >= 0][:1]
+        with store.pinned(np.array([block])):
+            store.check()
+            assert np.count_nonzero(tables.hot[new] >= 0) == 1
+            assert hot.free_count == 1
+        store._disk.write_packs = store._disk.write_packs._write
+        assert same(store.fetch(new), random_planes(3, seed=1))
+        assert same(store.fetch(saved), random_planes(6))
+        store.check()
+
+
 @pytest.mark.parametrize(("cold", "ahead"), [("1GiB", 3), (None, 0)])
 def test_a_full_hot_tier_is_emptied_a_little_ahead(cold, ahead, monkeypatch):
     monkeypatch.setattr(kvstore.mover, "_AHEAD_SHARE", 4)

@@ -240,6 +240,26 @@ def test_what_ctrl_c_left_unfinished_is_not_waited_for(directory, read_only):
     assert not thread.is_alive()
 
 
+def test_nobody_begins_to_read_while_the_map_moves(directory):
+    with contextlib.closing(DiskTier(directory, SPEC, CAPACITY)) as tier:
+        file, reading = tier._file, threading.Event()
+
+        def read_on():
+            with file.snapshot():
+                reading.set()
+
+        with file._idle:
+            file._growing = True
+        thread = threading.Thread(target=read_on, daemon=True)
+        thread.start()
+        assert not reading.wait(0.2)
+        with file._idle:
+            file._growing = False
+            file._idle.notify_all()
+        assert reading.wait(10)
+        thread.join()
+
+
 def test_close_waits_for_what_other_threads_read(directory):
     tier = DiskTier(directory, SPEC, CAPACITY)
     reading, seen = threading.Event(), []

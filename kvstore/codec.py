@@ -50,8 +50,8 @@ _COMPRESSION = zstandard.ZstdCompressionParameters(
     write_dict_id=0,
 )
 
-# So many bytes of blocks are worked on at a time, and their frames and planes with them: all of it
-# stays in the processor's second-level cache.
+# So many bytes of blocks are encoded at a time, and their frames with them: all of it stays in the
+# processor's second-level cache.
 _GROUP_BYTES = 1 << 19
 _GROUP_BLOCKS = 256
 

@@ -8,7 +8,7 @@ The rules of movement:
 - A new block goes to hot. A promotion to hot leaves the copy in warm, first in line to be
   reclaimed. A block that leaves hot goes to warm unless it has a copy there; one that leaves warm
   has a copy on disk, or else it may not leave. Where hot is full and there is a disk, a few more
-  leave than have to: the next fetches find free slots.
+  leave than have to, the next in the policy's order: the next fetches find free slots.
 - A block is *unsaved* while it has no copy on disk. With a disk tier there are never more unsaved
   blocks than warm has slots, so each has a place in memory besides hot: a fetch finds room in hot
   whatever the disk does, and never waits for a write. The price is paid by `put`, which waits.
@@ -252,21 +252,23 @@ class Mover:
         lacking = n - len(free)
         if not lacking:
             return free, _NONE
-        victims = self.hot.victims(lacking + self._ahead, self.hot.pinned)
+        # Only where all that lies nowhere else finds room in warm, whatever is taken out of it now.
+        taken = self.unsaved + self.warm.pinned_count + n
+        ahead = self._ahead if taken <= self.warm.slots else 0
+        victims = self.hot.victims(lacking + ahead, self.hot.pinned)
         if len(victims) < lacking:
             raise RuntimeError(
                 f"the policy {type(self.hot.policy).__name__} chose {len(victims)} slots where "
                 f"{lacking} were asked for, although there are so many"
             )
-        full = self._evict(victims)
-        empty, stuck = (victims, _NONE) if full is None else (victims[~full], victims[full])
+        stuck = self._evict(victims)
+        if stuck is not None:
+            assert not ahead, "a block finds no room in warm"
+            return np.concatenate((free, victims[~stuck])), victims[stuck]
         if len(victims) > lacking:
-            self.hot.give_back(empty[lacking:])
-            empty = empty[:lacking]
-            needed = lacking - len(empty)
-            self.hot.policy.admit(stuck[needed:])
-            stuck = stuck[:needed]
-        return (np.concatenate((free, empty)) if len(free) else empty), stuck
+            self.hot.give_back(victims[lacking:])
+            victims = victims[:lacking]
+        return (np.concatenate((free, victims)) if len(free) else victims), _NONE
 
     def _evict(self, victims: Slots) -> NDArray[np.bool_] | None:
         """Empty hot slots. Returns which could not be, bool like victims; None where all were."""

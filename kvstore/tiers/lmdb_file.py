@@ -134,12 +134,14 @@ class LmdbFile:
     def snapshot(self, buffers: Any = False) -> Iterator[Any]:
         """Read the file as it is now, or was when it was opened to be read only.
 
-        An operation, too. What LMDB cannot follow is damage that has come since it was opened.
+        An operation, too. CorruptStoreError where LMDB cannot follow it: damage that has come since
+        it was opened.
         """
         # All in one: few blocks are read in little more time than managers within managers take.
         token = object()
         with self._idle:
             while self._growing:
+                self._require_open()
                 self._idle.wait()
             caller = self._begin()
             if self._view is None:
@@ -159,7 +161,13 @@ class LmdbFile:
                 self._end(caller)
 
     def _begin(self) -> int:
-        """Count an operation, of which the caller makes sure that `_end` hears, while `_idle`."""
+        """Count an operation; the caller holds `_idle` and sees to it that `_end` is called."""
+        self._require_open()
+        caller = threading.get_ident()
+        self._operations[caller] += 1
+        return caller
+
+    def _require_open(self) -> None:
         if self._closed:
             raise StoreClosedError(f"the cold tier in {self.directory} is closed")
         if os.getpid() != self._pid:
@@ -167,9 +175,6 @@ class LmdbFile:
                 f"the cold tier in {self.directory} was opened by another process: a child "
                 "has to open its own"
             )
-        caller = threading.get_ident()
-        self._operations[caller] += 1
-        return caller
 
     def _end(self, caller: int) -> None:
         self._operations[caller] -= 1

@@ -240,7 +240,7 @@ def test_what_ctrl_c_left_unfinished_is_not_waited_for(directory, read_only):
     assert not thread.is_alive()
 
 
-def test_nobody_begins_to_read_while_the_map_moves(directory):
+def test_nobody_begins_to_read_while_the_map_moves(directory, monkeypatch):
     with contextlib.closing(DiskTier(directory, SPEC, CAPACITY)) as tier:
         file, reading = tier._file, threading.Event()
 
@@ -253,11 +253,40 @@ def test_nobody_begins_to_read_while_the_map_moves(directory):
         thread = threading.Thread(target=read_on, daemon=True)
         thread.start()
         assert not reading.wait(0.2)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "getpid", lambda: -1)  # a child, where it moves for ever
+            with pytest.raises(StoreClosedError, match="another process"), file.snapshot():
+                pass
         with file._idle:
             file._growing = False
             file._idle.notify_all()
         assert reading.wait(10)
         thread.join()
+
+
+def test_readers_of_one_view_take_turns(directory):
+    with contextlib.closing(DiskTier(directory, SPEC, CAPACITY)) as tier:
+        write(tier, range(8))
+    with contextlib.closing(DiskTier(directory, SPEC, CAPACITY, read_only=True)) as tier:
+        reading = threading.Event()
+
+        def read_on():
+            with tier._file.snapshot():
+                reading.set()
+
+        thread = threading.Thread(target=read_on, daemon=True)
+        with tier._file.snapshot():
+            thread.start()
+            assert not reading.wait(0.2)
+        assert reading.wait(10)
+        thread.join()
+
+
+def test_what_lmdb_cannot_follow_is_damage(tier):
+    damage = pytest.raises(CorruptStoreError, match=r"the store in .* is damaged: .*page")
+    with damage, tier._file.snapshot():
+        raise lmdb.PageNotFoundError("a page")
+    assert tier.block_count == 0
 
 
 def test_close_waits_for_what_other_threads_read(directory):

@@ -422,7 +422,7 @@ def test_making_room_at_once_does_not_push_others_out_of_warm(monkeypatch):
     assert reads(kvstore.mover._FEW) <= 1.01 * reads(1 << 30)
 
 
-def test_what_cannot_leave_ahead_stays_in_order(monkeypatch):
+def test_nothing_leaves_ahead_without_room_below(monkeypatch):
     """Hot holds three blocks that nobody has written, and warm has room for two of them."""
     monkeypatch.setattr(kvstore.mover, "_AHEAD_SHARE", 1)
     with make(hot=3, warm=3) as store:
@@ -435,17 +435,20 @@ def test_what_cannot_leave_ahead_stays_in_order(monkeypatch):
         (block,) = saved[tables.warm[saved] >= 0][:1]
         with store.pinned(np.array([block])):
             store.check()
-            assert np.count_nonzero(tables.hot[new] >= 0) == 1
-            assert hot.free_count == 1
+            assert np.count_nonzero(tables.hot[new] >= 0) == 2
+            assert hot.free_count == 0
         store._disk.write_packs = store._disk.write_packs._write
         assert same(store.fetch(new), random_planes(3, seed=1))
         assert same(store.fetch(saved), random_planes(6))
         store.check()
 
 
-@pytest.mark.parametrize(("cold", "ahead"), [("1GiB", 3), (None, 0)])
-def test_a_full_hot_tier_is_emptied_a_little_ahead(cold, ahead, monkeypatch):
+@pytest.mark.parametrize(
+    ("cold", "most", "ahead"), [("1GiB", 16, 3), ("1GiB", 2, 2), (None, 16, 0)]
+)
+def test_a_full_hot_tier_is_emptied_a_little_ahead(cold, most, ahead, monkeypatch):
     monkeypatch.setattr(kvstore.mover, "_AHEAD_SHARE", 4)
+    monkeypatch.setattr(kvstore.mover, "_MOST_AHEAD", most)
     with make(hot=12, warm=64, cold=cold) as store:
         hot = store._mover.hot
         ids = store.put(random_planes(40))

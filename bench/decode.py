@@ -1,8 +1,7 @@
 """What a decoded token costs: the kernel, the store's bookkeeping, 64K against 1M, full attention.
 
 Pairs are measured in turn in one run, medians are reported. GB/s counts the bytes of the keys and
-values attended, once. Before each decoding is measured what two threads do of one's work
-(bench/cores.py).
+values attended, once.
 
 python -m bench.decode --model landmark
 """
@@ -22,7 +21,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bench.arguments import Parser, at_least, of_landmark
-from bench.cores import worth_of_two
 from bench.reading import cache_bytes, in_turns, reading
 from kvstore.block import BlockSpec
 from kvstore.config import StoreConfig
@@ -179,7 +177,6 @@ def decoded(name: str, lengths: list[int], steps: int, device: str) -> list[dict
             row: dict[str, Any] = {"tokens": tokens, "prefill_tokens_per_s": tokens / seconds}
             rows.append(row | {"n": steps})
         for run in RUNS:
-            cores = worth_of_two()
             askers = [TimedStream(model, stream.context.fork()) for stream in streams]
             before = [stream.store.stats.snapshot() for stream in streams]
             turns = decode(askers, after)
@@ -197,7 +194,6 @@ def decoded(name: str, lengths: list[int], steps: int, device: str) -> list[dict
                     "attention_ms": attention,
                     "turns_ms": each[:, 0].tolist(),
                     "hot_share": hot / max(1, lookups),
-                    "two_threads": cores,
                 }
     return rows
 
@@ -274,8 +270,7 @@ def main() -> None:
             print(
                 f"  {run}: {r['ms_per_token']:.2f} ms a token,"
                 f" {r['retrieving_ms']:.2f} in the retrieving layers, {r['attention_ms']:.2f} of it"
-                f" for attention through the store; hot {r['hot_share']:.1%},"
-                f" two threads {r['two_threads']:.2f}",
+                f" for attention through the store; hot {r['hot_share']:.1%}",
                 flush=True,
             )
     first, last = report["lengths"][0], report["lengths"][-1]

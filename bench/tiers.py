@@ -11,9 +11,8 @@ waited for: the files are in the page cache. Ingest is timed by the clock.
 - cold to hot: a fetch whose blocks all lie on disk only, against reading the same frames from an
   LMDB file and decompressing them with zstd, without verifying or merging anything. Once with the
   victims going down to warm, once without a warm tier.
-- ingest: put and flush, with the workers' help, against committing the frames that come out of it,
-  compressed before, to LMDB in batches of the same size, and syncing. It has work for two threads,
-  so what two do of one's work is measured just before (bench/cores.py).
+- ingest: put and flush, with the worker's help, against committing the frames that come out of it,
+  compressed before, to LMDB in batches of the same size, and syncing.
 - lookups: microseconds of a fetch that finds all its blocks in hot: 8 heads x 16 blocks.
 - few from disk: microseconds of a fetch of three blocks that lie on disk only, where hot is full,
   as a decoded token's, beside reading and decompressing the same frames. Before each other memory
@@ -39,7 +38,6 @@ import torch
 import zstandard
 
 from bench.arguments import Parser, at_least, folder
-from bench.cores import worth_of_two
 from kvstore.block import BlockSpec
 from kvstore.codec import Codec
 from kvstore.config import StoreConfig
@@ -306,8 +304,7 @@ def main() -> None:
                 rows.append(row | {"block_kib": kib})
         for warm in (True, False):
             rows.append(cold_to_hot(spec, BATCH, args.turns, warm) | {"block_kib": kib})
-        cores = {"block_kib": kib, "two_threads": worth_of_two()}
-        rows.append(ingest(spec, max(3, args.turns // 10)) | cores)
+        rows.append(ingest(spec, max(3, args.turns // 10)) | {"block_kib": kib})
     print(
         f"{'':28}{'block':>8}{'blocks':>8}{'store':>8}{'base':>8}{'ratio':>8}{'least':>7}{'n':>5}"
     )
@@ -316,7 +313,6 @@ def main() -> None:
             f"{row['name']:28}{row['block_kib']:>4} KiB{row['blocks']:>8}"
             f"{row['store_gb_per_s']:>8.2f}{row['base_gb_per_s']:>8.2f}"
             f"{row['ratio']:>8.2f}{row['least']:>7}{row['turns']:>5}"
-            + (f"  two threads: {row['two_threads']:.2f}" if "two_threads" in row else "")
         )
     hits = [lookups(policy, 50 * args.turns) for policy in ("lru", "sieve")]
     for row in hits:

@@ -203,15 +203,13 @@ class Codec:
             count = len(planes[0]) if planes else 0
         else:
             raise ValueError(f"{len(ids)} ids for {len(rows)} rows")
-        if len(planes) == len(self._sizes):
-            for plane, size in zip(planes, self._sizes, strict=True):
-                if plane.shape != (count, size) or plane.dtype != np.uint8:
-                    break
-            else:
-                return
-        given = ", ".join(f"{plane.dtype} {plane.shape}" for plane in planes)
-        needed = [(count, size) for size in self._sizes]
-        raise ValueError(f"planes are {given}: uint8 {needed} are needed")
+        if len(planes) != len(self._sizes) or not all(
+            plane.shape == (count, size) and plane.dtype == np.uint8
+            for plane, size in zip(planes, self._sizes, strict=True)
+        ):
+            given = ", ".join(f"{plane.dtype} {plane.shape}" for plane in planes)
+            needed = [(count, size) for size in self._sizes]
+            raise ValueError(f"planes are {given}: uint8 {needed} are needed")
 
     # Writing
 

@@ -86,9 +86,9 @@ class Mover:
         self.warm_slab = SlotTier(spec, self.warm.slots, pinned=cuda)
         hop_blocks = max(1, (_CUDA_HOP_BYTES if cuda else _HOP_BYTES) // spec.nbytes)
         self._hops = [Buffer(spec, hop_blocks, pinned=cuda) for _ in range(2)]
-        # Half of staging; the other half belongs to those who write behind and read ahead.
         # Without a disk hot and warm are full together, and what leaves one has to go to the other.
         self._ahead = min(_MOST_AHEAD, self.hot.slots // _AHEAD_SHARE) if disk is not None else 0
+        # Half of staging; the other half belongs to those who write behind and read ahead.
         self._staging = Buffer(spec, max(1, config.staging // 2 // spec.nbytes), pinned=cuda)
         self._stats = stats
         self._recorder = recorder

@@ -165,6 +165,20 @@ def test_what_can_be_compressed_is():
     assert len(codec.encode(np.arange(1), zeros)[0]) < 200
 
 
+@pytest.mark.parametrize(
+    "wrong", [np.zeros((2, 64), np.int8), np.zeros((2, 63), np.uint8), np.zeros((3, 64), np.uint8)]
+)
+def test_other_arrays_than_the_planes_are_refused(wrong):
+    codec, ids = Codec(BlockSpec.kv(4, 8)), np.arange(2)
+    good = np.zeros((2, 64), np.uint8)
+    frames = codec.encode(ids, [good, good])
+    for planes in ([good, wrong], [good]):
+        with pytest.raises(ValueError, match=r"uint8 \[\(2, 64\), \(2, 64\)\] are needed"):
+            codec.encode(ids, planes)
+        with pytest.raises(ValueError, match="are needed"):
+            codec.decode(ids, frames, planes)
+
+
 def test_noise_grows_by_little_more_than_the_header():
     codec = Codec(BlockSpec.kv(64, 128))
     frames = codec.encode(np.arange(3), arrays(codec, 3, noise(6)))

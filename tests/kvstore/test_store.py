@@ -379,14 +379,19 @@ def test_blocks_change_places_with_what_is_not_being_written():
         assert same(store.fetch(saved), random_planes(4))
 
 
+def put_over_saved(store, saved, new):
+    """Put blocks that are written, and then others that nobody writes; return the ids of both."""
+    old = store.put(random_planes(saved))
+    store.flush()
+    SlowWriter(store, quiet=new)
+    return old, store.put(random_planes(new, seed=1))
+
+
 def test_blocks_change_places_while_others_come_from_disk(monkeypatch):
     """Hot holds two blocks that nobody has written, and warm has room for one of them."""
     monkeypatch.setattr(kvstore.mover, "_FEW", 1)
     with make(hot=2, warm=2) as store:
-        saved = store.put(random_planes(4))
-        store.flush()
-        SlowWriter(store, quiet=2)
-        new = store.put(random_planes(2, seed=1))
+        saved, new = put_over_saved(store, 4, 2)
         tables = store._mover.residency
         in_warm = saved[tables.warm[saved] >= 0]
         on_disk = saved[tables.warm[saved] < 0]
@@ -426,10 +431,7 @@ def test_nothing_leaves_ahead_without_room_below(monkeypatch):
     """Hot holds three blocks that nobody has written, and warm has room for two of them."""
     monkeypatch.setattr(kvstore.mover, "_AHEAD_SHARE", 1)
     with make(hot=3, warm=3) as store:
-        saved = store.put(random_planes(6))
-        store.flush()
-        SlowWriter(store, quiet=3)
-        new = store.put(random_planes(3, seed=1))
+        saved, new = put_over_saved(store, 6, 3)
         tables, hot = store._mover.residency, store._mover.hot
         assert (tables.hot[new] >= 0).all()
         (block,) = saved[tables.warm[saved] >= 0][:1]

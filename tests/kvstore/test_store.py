@@ -150,7 +150,8 @@ def test_weights_have_the_shape_of_the_ids():
             (two, zero), (_, three) = pin.slots.tolist()
             with pytest.raises(ValueError, match="shape"):
                 pin.weigh(np.ones(4))
-            pin.weigh(torch.tensor([[0.5, 0.25], [1.0, 0.125]], dtype=torch.bfloat16))
+            weights = torch.tensor([[0.5, 0.25], [1.0, 0.125]], dtype=torch.bfloat16)
+            pin.weigh(weights.requires_grad_())
         assert Heard.heard == [([two, zero, three], [1.5, 0.25, 0.125], np.float32)]
         store.put(random_planes(40))
         store.check()
